@@ -1,0 +1,58 @@
+"""A matrix as a sum of N:M binary planes: Q = Σ_p a_p ⊙ K_p ⊙ B_p, the representation of layout `planes`."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int8
+from torch import Tensor
+
+from pbsp.pruning.pattern import Pattern
+
+
+@dataclass(frozen=True)
+class Planes:
+    """One to four binary planes of a weight matrix.
+
+    Attributes:
+        patterns: N:M of each plane.
+        signs: +1 or −1 where a plane keeps a weight, 0 where it prunes it; exactly N of every M are kept.
+        scales: float32, non-negative, one per plane, row and block of columns; in units of the weight.
+            A finished solve holds only values that the stored 8-bit format can express (see `scales.py`).
+        scale_block: columns that share a scale; the last block of a row may be shorter.
+
+    Source: method.md §9 of this project; one plane is the paper's (arXiv 2502.01705) α·B⊙K with μ = 0.
+    """
+
+    patterns: tuple[Pattern, ...]
+    signs: Int8[Tensor, "planes out in"]
+    scales: Float[Tensor, "planes out blocks"]
+    scale_block: int
+
+    def dense(self) -> Float[Tensor, "out in"]:
+        """The float32 matrix that the planes stand for, summed in plane order."""
+        total = torch.zeros(self.signs.shape[1:], dtype=torch.float32, device=self.signs.device)
+        for signs, scales in zip(self.signs, self.scales, strict=True):
+            total += signs * expand_scales(scales, self.scale_block, signs.shape[1])
+        return total
+
+    @property
+    def keep(self) -> Bool[Tensor, "planes out in"]:
+        """True where a plane keeps a weight."""
+        return self.signs != 0
+
+
+def block_count(in_features: int, scale_block: int) -> int:
+    """Scale blocks of a row: ceil(in_features / scale_block)."""
+    return -(-in_features // scale_block)
+
+
+def expand_scales(
+    scales: Float[Tensor, "*planes out blocks"], scale_block: int, in_features: int
+) -> Float[Tensor, "*planes out in"]:
+    """Each block's scale repeated over its columns."""
+    return scales.repeat_interleave(scale_block, dim=-1)[..., :in_features]
+
+
+def signs_of(values: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """+1 or −1 in the values' dtype; zero counts as positive, as everywhere in the paper."""
+    return torch.where(values < 0, -1.0, 1.0).to(values.dtype)

@@ -1,0 +1,49 @@
+"""How far one model's predictions are from another's: maths on logits, in memory that does not grow."""
+
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+from torch.nn import functional as F
+
+CHUNK_BYTES = 64 << 20
+_TEMPORARIES = (
+    6  # float32 copies of a chunk that are alive at once: two logits, two log-softmaxes, two products
+)
+
+
+def token_losses(
+    logits: Float[Tensor, "positions vocabulary"], targets: Int64[Tensor, "positions"]
+) -> Float[Tensor, "positions"]:
+    """Negative log-likelihood of each target in nats, float32 whatever the logits' type."""
+    return torch.cat(
+        [
+            F.cross_entropy(logits[part].float(), targets[part], reduction="none")
+            for part in _chunks(*logits.shape)
+        ]
+    )
+
+
+def token_divergence(
+    original: Float[Tensor, "positions vocabulary"], logits: Float[Tensor, "positions vocabulary"]
+) -> tuple[Float[Tensor, "positions"], Bool[Tensor, "positions"]]:
+    """KL(original ‖ model) over the whole vocabulary in nats, and whether both rank the same token first.
+
+    In float32, whatever the logits' types; `original` may lie on another device.
+    """
+    divergences, agreements = [], []
+    for part in _chunks(*logits.shape):
+        reference = original[part].to(logits.device).float()
+        ours = logits[part].float()
+        agreements.append(reference.argmax(-1) == ours.argmax(-1))
+        log_p, log_q = reference.log_softmax(-1), ours.log_softmax(-1)
+        divergences.append(F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1))
+    return torch.cat(divergences), torch.cat(agreements)
+
+
+def _chunks(positions: int, vocabulary: int) -> Iterator[slice]:
+    """Ranges of positions whose temporaries take at most CHUNK_BYTES."""
+    rows = max(1, CHUNK_BYTES // (_TEMPORARIES * 4 * vocabulary))
+    for first in range(0, positions, rows):
+        yield slice(first, first + rows)

@@ -1,0 +1,235 @@
+"""Compressed models as transformers knows them; importing this module registers the method "pbsp"."""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from pbsp.errors import ConfigError, FormatError
+from pbsp.integrations.keys import ModelKeys
+from pbsp.packed_linear import PackedLinear
+from pbsp.storage.bits import OFFSETS
+from pbsp.storage.checkpoint import FORMAT_VERSION, LayerEntry, check_layer, packed_digest, read_headers
+
+METHOD = "pbsp"
+
+
+@register_quantization_config(METHOD)
+class PbspQuantizationConfig(QuantizationConfigMixin):
+    """The `quantization_config` of a compressed model's config.json.
+
+    Attributes:
+        layers: entry of each packed linear, by module name.
+        left_uncompressed: reason for each linear that was left as it was, by module name.
+        provenance: how the model was made: settings, corpus digest, seed, versions; plain JSON.
+    """
+
+    def __init__(
+        self,
+        *,
+        layers: Mapping[str, LayerEntry] | None = None,
+        left_uncompressed: Mapping[str, str] | None = None,
+        provenance: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.quant_method = METHOD  # pyright: ignore[reportAttributeAccessIssue] - registered ones are str
+        self.layers = dict(layers or {})
+        self.left_uncompressed = dict(left_uncompressed or {})
+        self.provenance = copy.deepcopy(dict(provenance or {}))
+
+    @classmethod
+    def from_dict(
+        cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> Any:
+        """The config that a file holds; the result is a pair with `kwargs` if these are asked back.
+
+        Raises:
+            FormatError: another version, an unknown or missing key, or an entry that is not whole.
+        """
+        version = config_dict.get("format_version")
+        if version != FORMAT_VERSION:
+            raise FormatError(
+                f"the model has format version {version!r}; this pbsp reads version {FORMAT_VERSION}: "
+                "install the pbsp that wrote it, or compress the model again"
+            )
+        objects = ("layers", "left_uncompressed", "provenance")
+        if unknown := set(config_dict) - {"quant_method", "format_version", *objects}:
+            raise FormatError(f"unknown keys in quantization_config: {', '.join(sorted(unknown))}")
+        for key in objects:
+            if not isinstance(config_dict.get(key), Mapping):
+                raise FormatError(f"{key} in quantization_config is missing or not an object")
+        layers = {name: LayerEntry.from_dict(name, entry) for name, entry in config_dict["layers"].items()}
+        config = cls(
+            layers=layers,
+            left_uncompressed=config_dict["left_uncompressed"],
+            provenance=config_dict["provenance"],
+        )
+        return (config, kwargs) if return_unused_kwargs else config
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON, the same for equal configs."""
+        return {
+            "quant_method": METHOD,
+            "format_version": FORMAT_VERSION,
+            "layers": {name: entry.to_dict() for name, entry in self.layers.items()},
+            "left_uncompressed": dict(self.left_uncompressed),
+            "provenance": copy.deepcopy(self.provenance),
+        }
+
+
+@register_quantizer(METHOD)
+class PbspHfQuantizer(HfQuantizer):
+    """Checks a compressed model's files, then puts packed linears where its dense ones would be."""
+
+    @property
+    def _config(self) -> PbspQuantizationConfig:
+        assert isinstance(self.quantization_config, PbspQuantizationConfig)
+        return self.quantization_config
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse the config as a request to compress while loading."""
+        if not self.pre_quantized:
+            raise ConfigError(
+                "PbspQuantizationConfig describes a model that is compressed already; it cannot compress one "
+                "while it loads. Load the model without it and call pbsp.compress"
+            )
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> PreTrainedModel:
+        """Check everything that can be checked, so that nothing is half loaded, then swap the modules."""
+        if not checkpoint_files or not all(file.endswith(".safetensors") for file in checkpoint_files):
+            raise FormatError("a compressed model loads from its safetensors files only")
+        tensors = read_headers(checkpoint_files)
+        # The base model alone (AutoModel) has shorter names than the causal model that was saved.
+        names = ModelKeys(model, self)
+        layers = {names.module_name(name): entry for name, entry in self._config.layers.items()}
+        for name, entry in layers.items():
+            _check_place(model, name, entry)
+            replace_module(model, name, _empty_linear(model.get_submodule(name), entry))
+        keys = ModelKeys(model, self)
+        stored = keys.by_model_key(tensors)
+        for key in stored:
+            if key.endswith(f".{OFFSETS}") and key.removesuffix(f".{OFFSETS}") not in layers:
+                raise FormatError(
+                    f"tensor {key} belongs to a packed layer that quantization_config does not list"
+                )
+        if missing := keys.missing(stored):
+            raise FormatError(f"the model is incomplete; its files lack {', '.join(missing)}")
+        with torch.device("cpu"):  # the model is being built on the meta device
+            for name, entry in layers.items():
+                check_layer(name, entry, stored)
+        self._config.layers = layers
+        return model
+
+    def is_serializable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Packed models can be saved again."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Adapters can be trained on the packed model."""
+        return True
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+        """Put dense modules, of the kind the architecture has there, in the packed ones' place."""
+        if not isinstance(dtype, torch.dtype):
+            dtype = model.dtype if dtype is None else getattr(torch, dtype)
+        for name, module in list(model.named_modules()):
+            if isinstance(module, PackedLinear):
+                replace_module(model, name, dense_module(module, dtype))
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel) and hasattr(module.config, "_is_quantized"):
+                del module.config._is_quantized  # pyright: ignore[reportAttributeAccessIssue]
+        return model
+
+
+def attach(model: PreTrainedModel, config: PbspQuantizationConfig) -> None:
+    """Make `save_pretrained` write a model whose linears were replaced as a compressed one.
+
+    `config.layers` is filled in from the model's packed linears; call it again if they change.
+
+    Raises:
+        FormatError: no module of the model is packed.
+    """
+    packed = {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+    if not packed:
+        raise FormatError("the model has no packed linear, so there is nothing to save in packed form")
+    config.layers = {name: _entry(module) for name, module in packed.items()}
+    quantizer = PbspHfQuantizer(config, pre_quantized=True)
+    for attribute, value in (
+        ("hf_quantizer", quantizer),
+        ("is_quantized", True),
+        ("quantization_method", METHOD),
+    ):
+        setattr(model, attribute, value)  # as from_pretrained does
+    quantizer.postprocess_model(model)
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` where the model has its submodule `name`.
+
+    A packed linear takes over the training mode, and whether a `Conv1D` stood there.
+    """
+    parent = model.get_submodule(name.rpartition(".")[0])
+    replaced = model.get_submodule(name)
+    if isinstance(module, PackedLinear):
+        module.conv1d = isinstance(replaced, Conv1D)
+    module.train(replaced.training)
+    setattr(parent, name.rpartition(".")[2], module)
+
+
+def dense_module(module: PackedLinear, dtype: torch.dtype) -> nn.Module:
+    """The `nn.Linear`, or `Conv1D`, that computes what the packed linear does."""
+    dense = module.dense(dtype)
+    with torch.device("meta"):
+        if module.conv1d:
+            linear = Conv1D(module.out_features, module.in_features)
+        else:
+            linear = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
+    linear.weight = nn.Parameter(dense.T.contiguous() if module.conv1d else dense)
+    if module.bias is not None:
+        linear.bias = nn.Parameter(module.bias.detach().to(dtype))
+    return linear
+
+
+def _entry(module: PackedLinear) -> LayerEntry:
+    return LayerEntry(
+        patterns=module.patterns,
+        in_features=module.in_features,
+        out_features=module.out_features,
+        scale_block=module.scale_block,
+        bias=module.bias is not None,
+        sha256=packed_digest(module.packed),
+    )
+
+
+def _check_place(model: PreTrainedModel, name: str, entry: LayerEntry) -> None:
+    """Raise FormatError unless the model has a linear `name` of the entry's shape."""
+    module = dict(model.named_modules()).get(name)
+    if not isinstance(module, nn.Linear | Conv1D):
+        raise FormatError(f"layer {name}: {type(model).__name__} has no linear of that name")
+    out_features, in_features = module.weight.T.shape if isinstance(module, Conv1D) else module.weight.shape
+    found = (out_features, in_features, module.bias is not None)
+    if found != (entry.out_features, entry.in_features, entry.bias):
+        raise FormatError(
+            f"layer {name}: (out_features, in_features, bias) are {found} in {type(model).__name__} and "
+            f"{(entry.out_features, entry.in_features, entry.bias)} in quantization_config"
+        )
+
+
+def _empty_linear(replaced: nn.Module, entry: LayerEntry) -> PackedLinear:
+    return PackedLinear(
+        entry.in_features,
+        entry.out_features,
+        entry.patterns,
+        scale_block=entry.scale_block,
+        bias_dtype=replaced.bias.dtype if isinstance(replaced.bias, torch.Tensor) else None,
+        device="meta",
+    )

@@ -1,0 +1,41 @@
+"""Silence the libraries while they load: whoever calls us shows the progress."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from huggingface_hub.utils import logging as hub_logging
+from tqdm.auto import tqdm
+from transformers import modeling_gguf_pytorch_utils as gguf_loading
+from transformers.utils import logging as transformers_logging
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """No progress bars or warnings of transformers and huggingface_hub inside; their state is put back."""
+    level, hub_level = transformers_logging.get_verbosity(), hub_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    hub_bars = not are_progress_bars_disabled()
+    gguf_bar = getattr(gguf_loading, "tqdm", None)  # a plain tqdm that no setting of transformers turns off
+    transformers_logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    if hub_bars:
+        disable_progress_bars()
+    if gguf_bar is not None:
+        setattr(gguf_loading, "tqdm", _no_bar)  # noqa: B010 - the name is not exported
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        hub_logging.set_verbosity(hub_level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+        if hub_bars:
+            enable_progress_bars()
+        if gguf_bar is not None:
+            setattr(gguf_loading, "tqdm", gguf_bar)  # noqa: B010
+
+
+def _no_bar(items: object, **settings: object) -> tqdm:
+    return tqdm(items, **{**settings, "disable": True})  # pyright: ignore[reportArgumentType, reportCallIssue]

@@ -1,0 +1,161 @@
+"""What a compressed model's files must hold: the entry of each packed linear, and the checks before use."""
+
+import hashlib
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from pbsp.errors import FormatError, PatternError
+from pbsp.pruning.pattern import Pattern, format_patterns, parse_patterns
+from pbsp.storage.bits import CODES, OFFSETS, SCALES, TensorSpec, packed_shapes
+from pbsp.storage.packing import PackedPlanes, check_packed
+
+FORMAT_VERSION = 1
+_DTYPE_NAMES = {torch.uint8: "U8", torch.int8: "I8"}
+_FLOAT_NAMES = ("F16", "BF16", "F32", "F64")
+
+
+@dataclass(frozen=True)
+class LayerEntry:
+    """What config.json says about one packed linear; `sha256` is `packed_digest` of its tensors."""
+
+    patterns: tuple[Pattern, ...]
+    in_features: int
+    out_features: int
+    scale_block: int
+    bias: bool
+    sha256: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """The entry as JSON."""
+        return {field.name: getattr(self, field.name) for field in fields(self)} | {
+            "patterns": format_patterns(self.patterns)
+        }
+
+    @staticmethod
+    def from_dict(name: str, entry: Any) -> "LayerEntry":
+        """The entry of layer `name` as JSON has it; FormatError unless it is whole and consistent."""
+        types = {"patterns": str, "in_features": int, "out_features": int}
+        types |= {"scale_block": int, "bias": bool, "sha256": str}
+        if not isinstance(entry, Mapping) or set(entry) != set(types):
+            raise FormatError(f"layer {name}: its entry must have exactly the keys {', '.join(types)}")
+        for key, expected in types.items():
+            if type(entry[key]) is not expected:
+                raise FormatError(f"layer {name}: {key} is {entry[key]!r}, not {expected.__name__}")
+        for key in ("in_features", "out_features", "scale_block"):
+            if entry[key] < 1:
+                raise FormatError(f"layer {name}: {key} is {entry[key]}; it must be positive")
+        if re.fullmatch("[0-9a-f]{64}", entry["sha256"]) is None:
+            raise FormatError(f"layer {name}: sha256 is {entry['sha256']!r}, not 64 hexadecimal digits")
+        try:
+            patterns = parse_patterns(entry["patterns"])
+            packed_shapes(patterns, entry["out_features"], entry["in_features"], entry["scale_block"])
+        except PatternError as error:
+            raise FormatError(f"layer {name}: {error}") from error
+        return LayerEntry(**{**entry, "patterns": patterns})
+
+    def shapes(self) -> dict[str, TensorSpec]:
+        """The layer's packed tensors, by the last part of their names."""
+        return packed_shapes(self.patterns, self.out_features, self.in_features, self.scale_block)
+
+
+class StoredTensor(NamedTuple):
+    """Where a tensor lies and what the file's header says of it; dtype as safetensors writes it."""
+
+    file: str
+    key: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def packed_digest(packed: PackedPlanes) -> str:
+    """SHA-256 over a line of the layer's patterns and sizes, then its codes, scales and offsets.
+
+    The line is part of it because patterns share code widths: 4:8 read as 5:8 would decode to noise.
+    """
+    sizes = f"{len(packed.codes)}x{packed.in_features}/{packed.scale_block}"
+    digest = hashlib.sha256(f"{format_patterns(packed.patterns)} {sizes}\n".encode())
+    for tensor in (packed.codes, packed.scales, packed.offsets):
+        digest.update(tensor.detach().cpu().contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def read_headers(files: Iterable[str]) -> list[StoredTensor]:
+    """Every tensor of safetensors files, from their headers alone.
+
+    Raises:
+        FormatError: a file is missing, truncated or not safetensors.
+    """
+    tensors = []
+    for file in files:
+        with _opened(file) as opened:
+            for key in opened.keys():  # noqa: SIM118 - not a dict
+                header = opened.get_slice(key)
+                tensors.append(StoredTensor(file, key, tuple(header.get_shape()), header.get_dtype()))
+    return tensors
+
+
+def check_layer(name: str, entry: LayerEntry, stored: Mapping[str, StoredTensor]) -> None:
+    """Compare a layer's headers with its entry, then its bytes with their digest and the format.
+
+    Args:
+        name: the layer's name in the model.
+        entry: what the config says of it.
+        stored: the file's tensors by their name in the model.
+
+    Raises:
+        FormatError: anything of the layer is missing, differs or has no meaning; it names the layer.
+    """
+    for suffix, spec in entry.shapes().items():
+        _check_header(f"{name}.{suffix}", stored, spec.shape, (_DTYPE_NAMES[spec.dtype],))
+    if entry.bias:
+        _check_header(f"{name}.bias", stored, (entry.out_features,), _FLOAT_NAMES)
+    packed = PackedPlanes(
+        entry.patterns,
+        entry.in_features,
+        entry.scale_block,
+        *(_read(stored[f"{name}.{suffix}"]) for suffix in (CODES, SCALES, OFFSETS)),
+    )
+    digest = packed_digest(packed)
+    if digest != entry.sha256:
+        raise FormatError(
+            f"layer {name}: the SHA-256 of its packed tensors is {digest}, config.json says {entry.sha256}: "
+            "the file was damaged or changed; download or compress the model again"
+        )
+    try:
+        check_packed(packed)
+    except FormatError as error:
+        raise FormatError(f"layer {name}: {error}") from error
+
+
+def _check_header(
+    name: str, stored: Mapping[str, StoredTensor], shape: tuple[int, ...], dtypes: tuple[str, ...]
+) -> None:
+    """Raise FormatError unless tensor `name` is stored with that shape and one of the dtypes."""
+    if name not in stored:
+        raise FormatError(f"tensor {name} is missing from the model's files; the model is incomplete")
+    tensor = stored[name]
+    if tensor.shape != shape or tensor.dtype not in dtypes:
+        raise FormatError(
+            f"tensor {name} is {tensor.dtype} {list(tensor.shape)} in {os.path.basename(tensor.file)}; "
+            f"config.json calls for {' or '.join(dtypes)} {list(shape)}"
+        )
+
+
+def _read(tensor: StoredTensor) -> torch.Tensor:
+    with _opened(tensor.file) as opened:
+        return opened.get_tensor(tensor.key)
+
+
+def _opened(file: str) -> safe_open:
+    try:
+        return safe_open(file, framework="pt")
+    except FileNotFoundError as error:
+        raise FormatError(f"file {file} is missing; the model is incomplete") from error
+    except (SafetensorError, OSError) as error:
+        raise FormatError(f"file {file} cannot be read as safetensors ({error}); it is damaged") from error

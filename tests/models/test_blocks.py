@@ -1,0 +1,46 @@
+import pytest
+import torch
+from tiny import CONFIGS, tiny_model
+from transformers import AutoModelForCausalLM, MixtralConfig
+
+from pbsp.errors import ModelError
+from pbsp.models.blocks import decoder_blocks, linear_weight
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_blocks_hold_every_linear_but_the_head(name):
+    model = tiny_model(name)
+    blocks = decoder_blocks(model)
+    assert len(blocks) == 2
+    names = {layer for block in blocks for layer in block.linears()}
+    modules = dict(model.named_modules())
+    expected = {n for n, m in modules.items() if type(m).__name__ in ("Linear", "Conv1D")} - {"lm_head"}
+    assert names == expected
+
+
+def test_conv1d_weights_are_read_as_out_in():
+    block = decoder_blocks(tiny_model("gpt2"))[0]
+    shapes = {name.split(".", 3)[3]: tuple(linear_weight(m).shape) for name, m in block.linears().items()}
+    assert shapes["mlp.c_fc"] == (256, 64)
+    assert shapes["attn.c_attn"] == (192, 64)
+
+
+def test_fused_experts_are_refused_by_name():
+    config = MixtralConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=4,
+    )  # fmt: skip
+    with pytest.raises(ModelError, match=r"model\.layers\.0 .*mlp\.experts\.gate_up_proj"):
+        decoder_blocks(AutoModelForCausalLM.from_config(config))
+
+
+def test_a_model_without_blocks_is_refused():
+    model = tiny_model()
+    model._no_split_modules = None
+    with pytest.raises(ModelError, match="no decoder blocks found in LlamaForCausalLM"):
+        decoder_blocks(model)
+
+
+def test_weights_in_half_precision_are_found_too():
+    block = decoder_blocks(tiny_model().to(torch.float16))[0]
+    assert len(block.linears()) == 7

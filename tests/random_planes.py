@@ -1,0 +1,42 @@
+"""Random valid planes, and models whose block linears were replaced by them."""
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from pbsp.binarization.planes import Planes, block_count
+from pbsp.binarization.scales import round_scales
+from pbsp.integrations.transformers import PbspQuantizationConfig, attach, replace_module
+from pbsp.packed_linear import PackedLinear
+from pbsp.pruning.pattern import Pattern, parse_patterns
+from tiny import tiny_model
+
+
+def random_signs(pattern: Pattern, rows: int, columns: int, *, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.rand(rows, columns // pattern.group, pattern.group, generator=generator)
+    kept = noise.topk(pattern.kept, -1).indices
+    values = 2 * torch.randint(0, 2, kept.shape, generator=generator) - 1
+    return torch.zeros_like(noise).long().scatter_(-1, kept, values).view(rows, columns).to(torch.int8)
+
+
+def random_planes(text: str, rows: int, columns: int, *, scale_block: int = 48, seed: int = 0) -> Planes:
+    patterns = parse_patterns(text)
+    signs = [random_signs(pattern, rows, columns, seed=seed + n) for n, pattern in enumerate(patterns)]
+    shape = (len(patterns), rows, block_count(columns, scale_block))
+    scales = torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+    magnitudes = torch.tensor([0.1 / 4**n for n in range(len(patterns))])
+    return Planes(patterns, torch.stack(signs), round_scales(scales * magnitudes[:, None, None]), scale_block)
+
+
+def packed_model(name: str, text: str = "4:8+2:8"):
+    """A tiny model as compress leaves it: random planes in place of every linear but the head."""
+    model = tiny_model(name)
+    for path, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear | Conv1D) and path != "lm_head":
+            rows, columns = (module.weight.T if isinstance(module, Conv1D) else module.weight).shape
+            planes = random_planes(text, rows, columns, seed=len(path))
+            replace_module(model, path, PackedLinear.from_planes(planes, module.bias))
+    config = PbspQuantizationConfig(left_uncompressed={"lm_head": "head"}, provenance={"seed": 0})
+    attach(model, config)
+    return model

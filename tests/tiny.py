@@ -1,0 +1,66 @@
+"""Tiny random models: real architectures of transformers, built in milliseconds."""
+
+import copy
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    OPTConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+VOCABULARY = 256
+_SHARED = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+
+CONFIGS: dict[str, PretrainedConfig] = {
+    "llama": LlamaConfig(**_SHARED, tie_word_embeddings=True),
+    "llama-untied": LlamaConfig(**_SHARED, tie_word_embeddings=False),
+    "qwen2": Qwen2Config(**_SHARED),
+    "qwen3": Qwen3Config(**_SHARED, head_dim=16),
+    "gemma3": Gemma3TextConfig(
+        **_SHARED, head_dim=16, sliding_window=8, layer_types=["sliding_attention", "full_attention"]
+    ),
+    "opt": OPTConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        ffn_dim=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        word_embed_proj_dim=64,
+    ),
+    "gpt2": GPT2Config(
+        vocab_size=VOCABULARY, bos_token_id=1, eos_token_id=2, n_embd=64, n_layer=2, n_head=4, n_positions=128
+    ),
+}
+
+
+def tiny_model(name: str = "llama", *, attention: str = "sdpa", seed: int = 0) -> PreTrainedModel:
+    """A float32 model in evaluation mode with random weights and biases."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(
+        copy.deepcopy(CONFIGS[name]), attn_implementation=attention, dtype=torch.float32
+    )
+    for parameter in model.parameters():
+        if parameter.ndim == 1:  # biases start at zero and norms at one: a lost one would go unseen
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    return model.eval()
+
+
+def tiny_tokens(windows: int = 3, context: int = 32, *, seed: int = 0) -> torch.Tensor:
+    """Random token windows (windows, context)."""
+    return torch.randint(0, VOCABULARY, (windows, context), generator=torch.Generator().manual_seed(seed))
