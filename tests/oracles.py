@@ -75,3 +75,18 @@ def scale_by_integers(code, offset):
     field, fraction = divmod(code, 32)
     mantissa = fraction if field == 0 else (32 + fraction) * 2 ** (field - 1)
     return mantissa * fractions.Fraction(2) ** offset
+
+
+def losses_and_divergence(model, original, window):
+    """Loss, KL(original ‖ model) and agreement of one window, position by position in float64."""
+    losses, divergences, agreements = [], [], []
+    for position in range(len(window) - 1):
+        prefix = window[: position + 1].unsqueeze(0)
+        with torch.no_grad():
+            q = model(input_ids=prefix).logits[0, -1].double().softmax(0)
+            p = original(input_ids=prefix).logits[0, -1].double().softmax(0)
+        losses.append(-float(q[window[position + 1]].log()))
+        divergences.append(float((p * (p / q).log()).sum()))
+        agreements.append(float(p.argmax() == q.argmax()))
+    count = len(window) - 1
+    return sum(losses) / count, sum(divergences) / count, sum(agreements) / count

@@ -3,6 +3,7 @@
 import copy
 
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
@@ -11,6 +12,7 @@ from transformers import (
     OPTConfig,
     PretrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
 )
@@ -64,3 +66,19 @@ def tiny_model(name: str = "llama", *, attention: str = "sdpa", seed: int = 0) -
 def tiny_tokens(windows: int = 3, context: int = 32, *, seed: int = 0) -> torch.Tensor:
     """Random token windows (windows, context)."""
     return torch.randint(0, VOCABULARY, (windows, context), generator=torch.Generator().manual_seed(seed))
+
+
+def tiny_tokenizer(*, adds_bos: bool = False) -> PreTrainedTokenizerFast:
+    """One token a byte, 256 in all; bytes 0 and 1 serve as BOS and EOS, and the BOS is added if asked for."""
+    vocabulary = {
+        character: index for index, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))
+    }
+    bos, eos = chr(256), chr(257)  # how a byte-level tokenizer writes bytes 0 and 1
+    inner = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.decoder = decoders.ByteLevel()
+    if adds_bos:
+        inner.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, vocabulary[bos])]
+        )
+    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token=bos, eos_token=eos)

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,17 +16,18 @@ from pbsp.binarization.planes import Planes
 from pbsp.calibration.corpus import Corpus
 from pbsp.calibration.moments import collect_moments
 from pbsp.calibration.walk import Walk
+from pbsp.calibration.windows import Windows
 from pbsp.config import Config
-from pbsp.errors import CalibrationError, ConfigError, ModelError
+from pbsp.errors import CalibrationError
 from pbsp.integrations.transformers import PbspQuantizationConfig, attach, replace_module
 from pbsp.methods.planes import PlaneFit
 from pbsp.models.blocks import Block, decoder_blocks, linear_weight
+from pbsp.models.precision import cast_stored, check_finite, storage_dtype
 from pbsp.packed_linear import PackedLinear
-from pbsp.pruning.pattern import format_patterns
-from pbsp.report import CompressionReport, LayerReport
+from pbsp.pruning.pattern import Pattern
+from pbsp.report import Bits, CompressionReport, LayerReport
 from pbsp.resources import peak_rss_bytes
 from pbsp.solver.hessian import output_error
-from pbsp.storage.bits import nominal_bits, stored_bits
 
 Progress = Callable[[str, int, int], None]
 """Called with a stage's name, the steps done and the steps in all."""
@@ -39,7 +39,7 @@ def compress(
     tokenizer: PreTrainedTokenizerBase | None,
     config: Config | None = None,
     *,
-    corpus: Corpus | None = None,
+    corpus: Corpus | Windows | None = None,
     progress: Progress | None = None,
 ) -> CompressionReport:
     """Replace the linear layers of the model's decoder blocks by packed N:M binary planes, in place.
@@ -47,10 +47,11 @@ def compress(
     Afterwards `model.save_pretrained` writes the packed file and `from_pretrained` reads it back.
 
     Args:
-        model: a causal language model in evaluation mode; a float32 or 16-bit one.
+        model: a causal language model in evaluation mode, in float32 or a 16-bit type.
         tokenizer: turns the corpus into tokens; not needed for `self`.
         config: see `Config`.
-        corpus: the calibration text; by default `self`, 32 windows of 512 sampled from the model.
+        corpus: the calibration text, or windows taken from it before; by default `self`, 32 windows of
+            512 tokens sampled from the model.
         progress: told what is done.
 
     Raises:
@@ -65,18 +66,27 @@ def compress(
     seconds = dict.fromkeys(("sample", "calibrate", "solve"), 0.0)
     blocks = decoder_blocks(model)
     plan = uniform_plan(blocks, config.patterns, strict=config.strict)
-    _check_weights(model)
-    linear_weights = sum(linear_weight(m).numel() for block in blocks for m in block.linears().values())
+    check_finite(model)
+    dtype = storage_dtype(model, config.dtype)
     with _timed(seconds, "sample"):
-        windows = corpus.windows(tokenizer, model, progress=lambda done, total: tell("sample", done, total))
-    layers = _compress_blocks(
-        model, blocks, windows.tokens, plan=plan, config=config, seconds=seconds, tell=tell
-    )
-    model.to(_storage_dtype(model, config.dtype))
-    provenance = {"config": config.to_dict(), "calibration": windows.describe(), "versions": _versions()}
+        if isinstance(corpus, Corpus):
+            corpus = corpus.windows(tokenizer, model, progress=partial(tell, "sample"))
+    layers = tuple(_compress_blocks(model, blocks, corpus.tokens, plan, config, seconds=seconds, tell=tell))
+    cast_stored(model, dtype)
+    provenance = {"config": config.to_dict(), "calibration": corpus.describe(), "versions": _versions()}
     attach(model, PbspQuantizationConfig(left_uncompressed=plan.left_uncompressed, provenance=provenance))
-    return _report(
-        layers, plan, linear_weights=linear_weights, calibration=windows.describe(), seconds=seconds
+    left_weights = sum(linear_weight(model.get_submodule(name)).numel() for name in plan.left_uncompressed)
+    bits = Bits.over(layers, left_weights=left_weights, left_bits=16 * left_weights)
+    return CompressionReport(
+        nominal_bits=bits.nominal,
+        stored_bits=bits.stored,
+        layers=layers,
+        left_uncompressed=plan.left_uncompressed,
+        source=model.config.name_or_path,
+        source_bytes=0,
+        calibration=corpus.describe(),
+        seconds=seconds,
+        peak_rss_bytes=peak_rss_bytes(),
     )
 
 
@@ -84,119 +94,65 @@ def _compress_blocks(
     model: PreTrainedModel,
     blocks: list[Block],
     tokens: Tensor,
-    *,
     plan: Plan,
     config: Config,
+    *,
     seconds: dict[str, float],
     tell: Progress,
-) -> list[LayerReport]:
+) -> Iterator[LayerReport]:
     """Measure, solve and replace block after block; each is measured behind its compressed predecessors."""
     with _timed(seconds, "calibrate"):
         walk = Walk(model, blocks, tokens)
     original_inputs = config.inputs == "original"
-    shared: dict[str, tuple[Planes, float]] = {}
-    layers: list[LayerReport] = []
+    solved: dict[str, tuple[Planes, float]] = {}
     for index, block in enumerate(blocks):
         tell("compress", index, len(blocks))
         linears = {name: module for name, module in block.linears().items() if name in plan.patterns}
         with _timed(seconds, "calibrate"):
-            run = partial(walk.run, index, block.module, keep=original_inputs)
-            moments = collect_moments(linears, run)
+            moments = collect_moments(linears, partial(walk.run, index, block.module, keep=original_inputs))
         with _timed(seconds, "solve"):
+            solved |= _solve_block(linears, moments, plan, config)
             for name, module in linears.items():
-                first = plan.same_as.get(name, name)
-                planes, error = shared.get(first) or _solve(name, module, moments.get(name), plan, config)
-                if first in plan.same_as.values():
-                    shared[first] = planes, error
+                planes, error = solved[plan.same_as.get(name, name)]
                 layer = PackedLinear.from_planes(planes, module.bias)
                 replace_module(model, name, layer)
-                layers.append(_layer_report(name, layer, error))
+                yield LayerReport.of(name, layer, error)
+            solved = {name: result for name, result in solved.items() if name in plan.same_as.values()}
         with _timed(seconds, "calibrate"):
             if not original_inputs:
                 walk.run(index, block.module, keep=True)
     tell("compress", len(blocks), len(blocks))
-    return layers
 
 
-def _solve(
-    name: str, module: nn.Module, moment: Tensor | None, plan: Plan, config: Config
-) -> tuple[Planes, float]:
-    """The planes of one linear and their relative output error; errors name the layer."""
-    if moment is None:
-        raise CalibrationError(f"{name} is never called on the calibration text, so it cannot be solved")
-    weight = linear_weight(module).float()
-    method = PlaneFit(plan.patterns[name], config.scale_block, config.damping, config.sweeps)
-    try:
-        planes = method.compress(weight, moment)
-    except CalibrationError as error:
-        raise CalibrationError(f"{name}: {error}") from None
-    return planes, output_error(weight, planes.dense(), moment)
-
-
-def _layer_report(name: str, layer: PackedLinear, error: float) -> LayerReport:
-    weights = layer.out_features * layer.in_features
-    return LayerReport(
-        name=name,
-        pattern=format_patterns(layer.patterns),
-        out_features=layer.out_features,
-        in_features=layer.in_features,
-        nominal_bits=nominal_bits(layer.patterns),
-        stored_bits=stored_bits(layer.packed_tensors()) / weights,
-        output_error=error,
-    )
-
-
-def _report(
-    layers: list[LayerReport],
-    plan: Plan,
-    *,
-    linear_weights: int,
-    calibration: dict[str, Any],
-    seconds: dict[str, float],
-) -> CompressionReport:
-    compressed = sum(layer.weights for layer in layers)
-    layer_bits = sum(layer.stored_bits * layer.weights for layer in layers)
-    left_bits = 16 * (linear_weights - compressed)
-    return CompressionReport(
-        nominal_bits=sum(layer.nominal_bits * layer.weights for layer in layers) / compressed,
-        stored_bits=(layer_bits + left_bits) / linear_weights,
-        layers=tuple(layers),
-        left_uncompressed=plan.left_uncompressed,
-        calibration=calibration,
-        seconds=seconds,
-        peak_rss_bytes=peak_rss_bytes(),
-    )
-
-
-def _check_weights(model: PreTrainedModel) -> None:
-    """Raise ModelError if a weight is NaN or infinite."""
-    for name, parameter in model.named_parameters():
-        bad = int((~torch.isfinite(parameter)).sum())
-        if bad:
-            raise ModelError(
-                f"{name.removesuffix('.weight')}: {bad} of {parameter.numel()} weights are NaN or infinite"
-            )
-
-
-def _storage_dtype(model: PreTrainedModel, requested: str) -> torch.dtype:
-    """The 16-bit type of what stays uncompressed (see `Config.dtype`)."""
-    floating = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
-    largest = max(float(parameter.abs().max()) for parameter in floating)
-    fits = largest <= torch.finfo(torch.float16).max
-    if requested == "float16" and not fits:
-        raise ConfigError(f"dtype float16 cannot hold a weight of {largest:.3g}; use bfloat16")
-    if requested != "auto":
-        return getattr(torch, requested)
-    if model.dtype in (torch.float16, torch.bfloat16):
-        return model.dtype
-    return torch.float16 if fits else torch.bfloat16
+def _solve_block(
+    linears: dict[str, nn.Module], moments: dict[str, Tensor], plan: Plan, config: Config
+) -> dict[str, tuple[Planes, float]]:
+    """Planes and relative output error of each linear; those with one moment are solved as one matrix."""
+    groups: dict[tuple[int, tuple[Pattern, ...]], list[str]] = {}
+    for name in linears:
+        if name in plan.same_as:
+            continue
+        if name not in moments:
+            raise CalibrationError(f"{name} is never called on the calibration text, so it cannot be solved")
+        groups.setdefault((id(moments[name]), plan.patterns[name]), []).append(name)
+    results: dict[str, tuple[Planes, float]] = {}
+    for (_, patterns), names in groups.items():
+        weights = [linear_weight(linears[name]).float() for name in names]
+        moment = moments[names[0]]
+        method = PlaneFit(patterns, config.scale_block, config.damping, config.sweeps)
+        try:
+            planes = method.compress(torch.cat(weights), moment).split([len(weight) for weight in weights])
+        except CalibrationError as error:
+            raise CalibrationError(f"{', '.join(names)}: {error}") from None
+        for name, weight, part in zip(names, weights, planes, strict=True):
+            results[name] = part, output_error(weight, part.dense(), moment)
+    return results
 
 
 def _versions() -> dict[str, str]:
     """What the result depends on besides the settings."""
-    return {"python": platform.python_version()} | {
-        name: version(name) for name in ("pbsp", "torch", "transformers")
-    }
+    packages = {name: version(name) for name in ("pbsp", "torch", "transformers")}
+    return {"python": platform.python_version(), **packages}
 
 
 @contextmanager

@@ -13,12 +13,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from pbsp.errors import FormatError, ModelError
 from pbsp.pruning.pattern import format_patterns
-from pbsp.report import LayerReport
+from pbsp.report import Bits, LayerReport
+from pbsp.save import REPORT_FILE
 from pbsp.storage.bits import CODES, OFFSETS, SCALES, nominal_bits
 from pbsp.storage.checkpoint import LayerEntry, StoredTensor, read_headers
 from pbsp.storage.folder import folder_bytes
 
-REPORT_FILE = "pbsp_report.json"
 _ITEM_BYTES = {
     "F64": 8,
     "I64": 8,
@@ -38,8 +38,7 @@ class Inspection:
     """Sizes of a compressed model.
 
     Attributes:
-        nominal_bits: kept weights per weight over the packed layers, as the paper counts.
-        stored_bits: bits per weight over all linear layers of the decoder blocks, counted from the file.
+        nominal_bits, stored_bits: see `report.Bits`; counted from the files.
         file_bytes: all files of the folder.
         bytes_by_kind: the same bytes by what they hold.
         source_bytes: the weights file that was compressed, where the report knows it.
@@ -80,11 +79,10 @@ def inspect_folder(folder: Path) -> Inspection:
     kinds["tokenizer, configuration, report"] = sum(sizes.values()) - sum(sizes[name] for name in files)
     left_weights = sum(math.prod(tensors[f"{name}.weight"].shape) for name in left)
     left_bits = 8 * kinds["linears left uncompressed"]
-    packed_weights = sum(layer.weights for layer in layers)
-    packed_bits = sum(layer.stored_bits * layer.weights for layer in layers)
+    bits = Bits.over(layers, left_weights=left_weights, left_bits=left_bits)
     return Inspection(
-        nominal_bits=sum(layer.nominal_bits * layer.weights for layer in layers) / packed_weights,
-        stored_bits=(packed_bits + left_bits) / (packed_weights + left_weights),
+        nominal_bits=bits.nominal,
+        stored_bits=bits.stored,
         file_bytes=sum(sizes.values()),
         bytes_by_kind=kinds,
         source_bytes=recorded.get("source_bytes"),

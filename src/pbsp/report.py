@@ -1,7 +1,11 @@
-"""What a compression did, layer by layer: returned by `compress`, saved with the model, shown by `inspect`."""
+"""What a compression did, layer by layer; `compress` returns it and it is saved with the model."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from pbsp.packed_linear import PackedLinear
+from pbsp.pruning.pattern import format_patterns
+from pbsp.storage.bits import nominal_bits, stored_bits
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,21 @@ class LayerReport:
     stored_bits: float
     output_error: float
 
+    @staticmethod
+    def of(name: str, layer: PackedLinear, output_error: float) -> "LayerReport":
+        """The bits of `layer`, counted from its tensors."""
+        packed = layer.packed
+        bits = stored_bits((packed.codes, packed.scales, packed.offsets))
+        return LayerReport(
+            name=name,
+            pattern=format_patterns(layer.patterns),
+            out_features=layer.out_features,
+            in_features=layer.in_features,
+            nominal_bits=nominal_bits(layer.patterns),
+            stored_bits=bits / (layer.out_features * layer.in_features),
+            output_error=output_error,
+        )
+
     @property
     def weights(self) -> int:
         """Weights of the layer."""
@@ -29,21 +48,46 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
-class CompressionReport:
-    """A whole run. Bits are per weight, over all linear layers of the decoder blocks.
+class Bits:
+    """Bits per weight over a model's linear layers.
 
     Attributes:
-        nominal_bits: over the compressed layers.
-        stored_bits: over all of them; a layer left uncompressed counts with its 16 bits.
+        nominal: kept weights per weight, over the compressed layers.
+        stored: over all linear layers of the decoder blocks; one left uncompressed counts in full.
+    """
+
+    nominal: float
+    stored: float
+
+    @staticmethod
+    def over(layers: tuple[LayerReport, ...], *, left_weights: int, left_bits: int) -> "Bits":
+        """The means over compressed `layers` and `left_weights` others, stored in `left_bits` in all."""
+        compressed = sum(layer.weights for layer in layers)
+        nominal = sum(layer.nominal_bits * layer.weights for layer in layers)
+        stored = sum(layer.stored_bits * layer.weights for layer in layers)
+        return Bits(nominal / compressed, (stored + left_bits) / (compressed + left_weights))
+
+
+@dataclass(frozen=True)
+class CompressionReport:
+    """A whole run.
+
+    Attributes:
+        nominal_bits, stored_bits: see `Bits`.
         left_uncompressed: linear layer → reason.
+        source: the model that was compressed.
+        source_bytes: size of its weight files; 0 where that is not known.
         calibration: what the moments were measured on (`Windows.describe`).
         seconds: wall time by stage.
+        peak_rss_bytes: of the process, at the end of the run.
     """
 
     nominal_bits: float
     stored_bits: float
     layers: tuple[LayerReport, ...]
     left_uncompressed: dict[str, str]
+    source: str
+    source_bytes: int
     calibration: dict[str, Any]
     seconds: dict[str, float]
     peak_rss_bytes: int
@@ -51,9 +95,3 @@ class CompressionReport:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return asdict(self)
-
-    @staticmethod
-    def from_dict(values: dict[str, Any]) -> "CompressionReport":
-        """The inverse of `to_dict`."""
-        layers = tuple(LayerReport(**layer) for layer in values["layers"])
-        return CompressionReport(**{**values, "layers": layers})

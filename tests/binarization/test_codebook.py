@@ -1,7 +1,7 @@
 import pytest
 import torch
-from oracles import best_code_by_enumeration
 
+from oracles import best_code_by_enumeration
 from pbsp.binarization.codebook import best_codes, codebook
 from pbsp.pruning.pattern import Pattern
 

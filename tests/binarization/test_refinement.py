@@ -1,7 +1,7 @@
 import pytest
 import torch
-from oracles import scales_by_least_squares
 
+from oracles import scales_by_least_squares
 from pbsp.binarization.codebook import codebook
 from pbsp.binarization.planes import expand_scales
 from pbsp.binarization.refinement import descend_codes, refit_scales

@@ -1,11 +1,11 @@
 import pytest
 import torch
-from tiny import CONFIGS, tiny_model, tiny_tokens
 
 from pbsp.calibration.moments import Moment, collect_moments
 from pbsp.calibration.walk import Walk
 from pbsp.errors import CalibrationError
 from pbsp.models.blocks import decoder_blocks
+from tiny import CONFIGS, tiny_model, tiny_tokens
 
 SHARED = {
     "llama": [("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")],

@@ -1,10 +1,10 @@
 import pytest
 import torch
-from tiny import CONFIGS, tiny_model, tiny_tokens
 
 from pbsp.calibration.walk import Walk
 from pbsp.errors import ModelError
 from pbsp.models.blocks import decoder_blocks
+from tiny import CONFIGS, tiny_model, tiny_tokens
 
 
 def logits_behind_the_walk(model, tokens):
@@ -13,15 +13,13 @@ def logits_behind_the_walk(model, tokens):
     walk = Walk(model, blocks, tokens)
     for index, block in enumerate(blocks):
         walk.run(index, block.module, keep=True)
-    last = blocks[-1].module
     results = []
     for window, hidden in zip(tokens, walk.hidden, strict=True):
-        replace = (
-            lambda module, args, output, hidden=hidden: (  # noqa: E731
-                (hidden, *output[1:]) if isinstance(output, tuple) else hidden
-            )
-        )
-        with last.register_forward_hook(replace):
+
+        def replace(module, args, output, hidden=hidden):
+            return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+        with blocks[-1].module.register_forward_hook(replace):
             results.append(model(window[None]).logits)
     return torch.cat(results)
 

@@ -1,10 +1,10 @@
 import pytest
 import torch
-from tiny import CONFIGS, tiny_model
 from transformers import AutoModelForCausalLM, MixtralConfig
 
 from pbsp.errors import ModelError
 from pbsp.models.blocks import decoder_blocks, linear_weight
+from tiny import CONFIGS, tiny_model
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -1,7 +1,7 @@
 import pytest
 import torch
-from oracles import sweep_by_reinversion
 
+from oracles import sweep_by_reinversion
 from pbsp.solver.compensation import compensated_sweep
 from pbsp.solver.hessian import damped, inverse_factor
 

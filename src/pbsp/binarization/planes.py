@@ -35,6 +35,13 @@ class Planes:
             total += signs * expand_scales(scales, self.scale_block, signs.shape[1])
         return total
 
+    def split(self, rows: list[int]) -> list["Planes"]:
+        """The planes of consecutive runs of rows; copies, so that the whole can be freed."""
+        return [
+            Planes(self.patterns, signs.contiguous(), scales.contiguous(), self.scale_block)
+            for signs, scales in zip(self.signs.split(rows, 1), self.scales.split(rows, 1), strict=True)
+        ]
+
     @property
     def keep(self) -> Bool[Tensor, "planes out in"]:
         """True where a plane keeps a weight."""

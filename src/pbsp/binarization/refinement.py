@@ -78,7 +78,7 @@ def descend_codes(
 ) -> Float[Tensor, "planes out in"]:
     """One sweep of coordinate descent: each M-group of each plane takes its best code, all else fixed.
 
-    The loss (w − q) H (w − q)ᵀ never rises, since the code in place is among the candidates. Source: method.md §9 of this project.
+    The loss (w − q) H (w − q)ᵀ never rises, since the code in place is among the candidates.
     """
     columns = weight.shape[1]
     residual = weight - sum(signs * expand_scales(scales, scale_block, columns))

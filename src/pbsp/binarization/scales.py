@@ -32,7 +32,7 @@ def encode_scales(scales: Float[Tensor, "out blocks"], offset: int) -> UInt8[Ten
     """Codes of the nearest representable scales, ties to even; values out of range are clamped."""
     mantissa, exponent = torch.frexp(scales.clamp_min(0.0))  # 0.5 ≤ mantissa < 1
     step = (exponent - (MANTISSA_BITS + 1) - offset).clamp(0, _LARGEST_EXPONENT)
-    steps = torch.ldexp(mantissa, exponent - offset - step).round().to(torch.int32)
+    steps = torch.ldexp(mantissa, exponent - offset - step).round().clamp(max=2 * _HIDDEN_BIT).to(torch.int32)
     # Consecutive codes are consecutive values, so a mantissa rounded up to 64 carries into the exponent.
     code = ((step << MANTISSA_BITS) + steps).clamp(0, LARGEST_CODE)
     return torch.where(mantissa == 0, 0, code).to(torch.uint8)

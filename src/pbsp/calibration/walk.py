@@ -10,7 +10,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pbsp.errors import ModelError
+from pbsp.errors import CalibrationError, ModelError
 from pbsp.models.blocks import Block
 
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}  # relative RMS; 16-bit types round at 1e-2
@@ -46,6 +46,7 @@ class Walk:
         tokens: calibration windows, (windows, context).
 
     Raises:
+        CalibrationError: the model's own hidden states are not finite; names the block.
         ModelError: replaying the first window block by block does not give the model's own hidden
             states, or the windows are not all called alike; every later number would be wrong.
     """
@@ -109,6 +110,10 @@ def _verify(blocks: list[Block], calls: list[BlockCall], states: list[Tensor]) -
     """Walk the first window through all blocks and compare with the model's own hidden states."""
     hidden = states[0]
     for block, call, expected in zip(blocks, calls, states[1:], strict=True):
+        if not bool(torch.isfinite(expected).all()):
+            raise CalibrationError(
+                f"{block.name}: the model's own output there is NaN or infinite on the text"
+            )
         hidden = call.replay(block.module, hidden)
         error = float((hidden - expected).double().norm() / expected.double().norm().clamp_min(1e-30))
         if not error <= _TOLERANCE.get(expected.dtype, 1e-2):

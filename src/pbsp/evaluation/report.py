@@ -10,7 +10,7 @@ from pbsp.evaluation.result import Estimate, Evaluation
 def evaluation_table(evaluations: Mapping[str, Evaluation]) -> Table:
     """One row a model, the original's first where there is one; all on the same windows."""
     first = next(iter(evaluations.values()))
-    table = Table(caption=measured_on(first), caption_justify="left")
+    table = Table(caption=measured_on(*evaluations.values()), caption_justify="left")
     table.add_column("model")
     table.add_column("perplexity", justify="right")
     against = first.kl is not None
@@ -27,8 +27,10 @@ def evaluation_table(evaluations: Mapping[str, Evaluation]) -> Table:
     return table
 
 
-def measured_on(evaluation: Evaluation) -> str:
-    """Text, split, windows, tokens, seed, digest, dtype, device and threads, in a line or two."""
+def measured_on(*evaluations: Evaluation) -> str:
+    """Text, split, windows, tokens, seed, digest and machine of evaluations of the same windows."""
+    evaluation = evaluations[0]
+    machines = dict.fromkeys(f"{one.dtype} on {one.device}" for one in evaluations)
     parts = [
         f"{evaluation.text} ({evaluation.split})",
         f"{evaluation.windows} windows of {evaluation.context} tokens, {evaluation.tokens} scored",
@@ -38,7 +40,7 @@ def measured_on(evaluation: Evaluation) -> str:
     if evaluation.seed is not None:
         parts.append(f"seed {evaluation.seed}")
     parts.append(f"token digest {evaluation.digest[:12]}")
-    parts.append(f"{evaluation.dtype} on {evaluation.device}, {evaluation.threads} threads")
+    parts.append(f"{' and '.join(machines)}, {evaluation.threads} CPU threads")
     parts.append("nats per token; ± one standard error over windows")
     return "; ".join(parts)
 
@@ -48,4 +50,7 @@ def _estimate(estimate: Estimate | None, form: str) -> str:
 
 
 def _with_error(value: float, stderr: float | None, form: str) -> str:
-    return f"{value:{form}}" if stderr is None else f"{value:{form}} ± {stderr:{form.lstrip('+')}}"
+    if stderr is None:
+        return f"{value:{form}}"
+    error = f"{stderr:{form}}" if form.endswith("%") else f"{stderr:.2g}"
+    return f"{value:{form}} ± {error}"

@@ -21,7 +21,6 @@ from pbsp.storage.checkpoint import FORMAT_VERSION, LayerEntry, check_layer, pac
 METHOD = "pbsp"
 
 
-@register_quantization_config(METHOD)
 class PbspQuantizationConfig(QuantizationConfigMixin):
     """The `quantization_config` of a compressed model's config.json.
 
@@ -83,7 +82,6 @@ class PbspQuantizationConfig(QuantizationConfigMixin):
         }
 
 
-@register_quantizer(METHOD)
 class PbspHfQuantizer(HfQuantizer):
     """Checks a compressed model's files, then puts packed linears where its dense ones would be."""
 
@@ -137,17 +135,27 @@ class PbspHfQuantizer(HfQuantizer):
         """Adapters can be trained on the packed model."""
         return True
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+    def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """Make it a plain model, all of it in `dtype`; None keeps the dtype that it has now."""
+        return super().dequantize(model, dtype or model.dtype)
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """Put dense modules, of the kind the architecture has there, in the packed ones' place."""
-        if not isinstance(dtype, torch.dtype):
-            dtype = model.dtype if dtype is None else getattr(torch, dtype)
+        wanted = dtype or model.dtype
+        recast = wanted != model.dtype  # else leave alone what transformers keeps in float32
         for name, module in list(model.named_modules()):
             if isinstance(module, PackedLinear):
-                replace_module(model, name, dense_module(module, dtype))
-        for module in model.modules():
-            if isinstance(module, PreTrainedModel) and hasattr(module.config, "_is_quantized"):
-                del module.config._is_quantized  # pyright: ignore[reportAttributeAccessIssue]
+                replace_module(model, name, dense_module(module, wanted))
+            elif isinstance(module, PreTrainedModel) and hasattr(module.config, "_is_quantized"):
+                delattr(module.config, "_is_quantized")
+        if recast:
+            nn.Module.to(model, wanted)
         return model
+
+
+# Called, not used as decorators: these would hide the classes' own types from type checkers.
+register_quantization_config(METHOD)(PbspQuantizationConfig)
+register_quantizer(METHOD)(PbspHfQuantizer)
 
 
 def attach(model: PreTrainedModel, config: PbspQuantizationConfig) -> None:
@@ -180,7 +188,7 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     parent = model.get_submodule(name.rpartition(".")[0])
     replaced = model.get_submodule(name)
     if isinstance(module, PackedLinear):
-        module.conv1d = isinstance(replaced, Conv1D)
+        module.conv1d = isinstance(replaced, Conv1D) or getattr(replaced, "conv1d", False)
     module.train(replaced.training)
     setattr(parent, name.rpartition(".")[2], module)
 

@@ -50,7 +50,7 @@ def decoder_blocks(model: PreTrainedModel) -> list[Block]:
     if not lists:
         raise ModelError(
             f"no decoder blocks found in {type(model).__name__}: no list of modules is made of the classes "
-            f"in its _no_split_modules ({', '.join(sorted(whole)) or 'empty'}); this architecture is unsupported"
+            f"in its _no_split_modules ({', '.join(sorted(whole)) or 'empty'}), so it is unsupported"
         )
     list_name, modules = max(lists, key=lambda item: len(item[1]))
     blocks = [Block(f"{list_name}.{index}", module) for index, module in enumerate(modules)]

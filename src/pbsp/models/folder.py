@@ -39,6 +39,13 @@ def weight_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in weight_files(folder))
 
 
+def half_dtype(folder: Path) -> str | None:
+    """ "float16" or "bfloat16" if that is the type that the config gives for the weights, else None."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    named = config.get("dtype", config.get("torch_dtype"))
+    return named if named in ("float16", "bfloat16") else None
+
+
 def has_tokenizer(folder: Path) -> bool:
     """Whether the folder holds a tokenizer of any kind."""
     return any((folder / name).is_file() for name in _TOKENIZER_FILES)

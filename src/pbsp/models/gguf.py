@@ -79,6 +79,7 @@ def converted_folder(file: Path) -> Path:
     return target
 
 
+@torch.no_grad()
 def _convert(file: Path, folder: Path) -> None:
     """Unpack the file to float32 and save it as float16, or as bfloat16 if a value is out of range."""
     try:

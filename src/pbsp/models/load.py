@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from pbsp.errors import ConfigError, ModelError
-from pbsp.models.folder import check_folder, has_tokenizer, weight_bytes, weight_files
+from pbsp.models.folder import check_folder, half_dtype, has_tokenizer, weight_bytes, weight_files
 from pbsp.models.gguf import BUILTIN, builtin_file, converted_folder
 from pbsp.models.quiet import quiet_loading
 
@@ -42,6 +42,7 @@ class LoadedModel:
         model: in evaluation mode, without gradients.
         tokenizer: None if the source has none.
         source: what the user named.
+        source_dtype: the 16-bit type of the source's own weights; None if they are of another type.
         source_bytes: size of the weight files that the user named; of the .gguf file, not of its copy.
         seconds: wall time of `convert` (GGUF to a 16-bit folder, 0.0 otherwise) and of `load`.
     """
@@ -49,6 +50,7 @@ class LoadedModel:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
     source: str
+    source_dtype: str | None
     source_bytes: int
     seconds: dict[str, float]
 
@@ -75,7 +77,7 @@ def load_model(
     model = _load_folder(source, folder, device=chosen, dtype=_dtype(dtype, chosen))
     tokenizer = _load_tokenizer(source, folder)
     seconds = {"convert": converted - start, "load": time.perf_counter() - converted}
-    return LoadedModel(model, tokenizer, source, source_bytes, seconds)
+    return LoadedModel(model, tokenizer, source, half_dtype(folder), source_bytes, seconds)
 
 
 def _folder_of(source: str) -> tuple[Path, int]:

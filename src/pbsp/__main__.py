@@ -1,0 +1,5 @@
+"""`python -m pbsp` is the `pbsp` command."""
+
+from pbsp.cli import main
+
+main()

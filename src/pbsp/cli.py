@@ -1,0 +1,166 @@
+"""The `pbsp` command: each subcommand parses, makes one library call and prints what it returned."""
+
+import sys
+from typing import Annotated
+
+import typer
+from typer.exceptions import TyperException
+
+from pbsp.errors import PbspError
+
+app = typer.Typer(
+    name="pbsp",
+    help="Compress large language models after training to N:M binary planes, in files that are that small.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    no_args_is_help=True,
+)
+
+Model = Annotated[str, typer.Argument(help="Folder, Hub id, .gguf file, or smollm2-135m.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on stdout.")]
+Seed = Annotated[int, typer.Option(help="Of sampling and of the choice of text windows.")]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command; a user's error is one line on stderr and exit code 2."""
+    command = typer.main.get_command(app)
+    try:
+        code = command.main(arguments, prog_name="pbsp", standalone_mode=False)
+    except PbspError as error:
+        code = _fail(str(error))
+    except TyperException as error:
+        code = _fail(error.format_message() if hasattr(error, "format_message") else str(error))
+    except KeyboardInterrupt:
+        print("pbsp: interrupted; nothing was written", file=sys.stderr)
+        code = 130
+    sys.exit(code or 0)
+
+
+def _fail(message: str) -> int:
+    print(f"pbsp: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+@app.command()
+def compress(
+    model: Model,
+    output: Annotated[str, typer.Option("--output", "-o", help="Folder to write; it must be new or empty.")],
+    pattern: Annotated[
+        str | None, typer.Option(help="Planes, N:M or several joined by +, as 4:8+2:8.")
+    ] = None,
+    scale_block: Annotated[int | None, typer.Option(help="Columns that share one 8-bit scale.")] = None,
+    sweeps: Annotated[int | None, typer.Option(help="Rounds of coordinate descent.")] = None,
+    damping: Annotated[
+        float | None, typer.Option(help="Ridge on the moments, of their mean diagonal.")
+    ] = None,
+    inputs: Annotated[str | None, typer.Option(help="Measure behind compressed or original blocks.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of what stays uncompressed: auto, float16, bfloat16.")
+    ] = None,
+    strict: Annotated[
+        bool | None, typer.Option("--strict", help="Refuse layers that cannot take it.")
+    ] = None,
+    config: Annotated[
+        str | None, typer.Option(help="TOML file with these options; the command line wins.")
+    ] = None,
+    calibration: Annotated[str | None, typer.Option(help="self, c4, wikitext2 or a text file.")] = None,
+    samples: Annotated[int | None, typer.Option(help="Calibration windows.")] = None,
+    context: Annotated[int | None, typer.Option(help="Tokens of a calibration window.")] = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder.")] = False,
+    json: Json = False,
+) -> None:
+    """Compress MODEL and write it to a folder that transformers loads."""
+    from pbsp.commands import run_compress
+
+    given = {
+        "pattern": pattern,
+        "scale_block": scale_block,
+        "sweeps": sweeps,
+        "damping": damping,
+        "inputs": inputs,
+        "dtype": dtype,
+        "strict": strict,
+    }
+    text = {"name": calibration, "samples": samples, "context": context, "seed": seed}
+    run_compress(
+        model,
+        output,
+        settings={name: value for name, value in given.items() if value is not None},
+        config_file=config,
+        text=text,
+        device=device,
+        overwrite=overwrite,
+        json=json,
+    )
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    text: Annotated[str, typer.Option(help="self, c4, wikitext2 or a text file.")] = "wikitext2",
+    windows: Annotated[int, typer.Option(help="First windows of the text; 0 for all.")] = 40,
+    context: Annotated[int, typer.Option(help="Tokens of a window.")] = 2048,
+    against: Annotated[str | None, typer.Option(help="The original: adds KL and top-1 agreement.")] = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="Of the forward pass: auto, float32, float16, bfloat16.")
+    ] = "auto",
+    json: Json = False,
+) -> None:
+    """Perplexity of MODEL and, against the original, how far it has moved from it."""
+    from pbsp.commands import run_evaluate
+
+    run_evaluate(
+        model,
+        text=text,
+        windows=windows,
+        context=context,
+        against=against,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        json=json,
+    )
+
+
+@app.command()
+def inspect(
+    folder: Annotated[str, typer.Argument(help="A folder written by `pbsp compress`.")], json: Json = False
+) -> None:
+    """What a compressed model stores, counted from its files."""
+    from pbsp.commands import run_inspect
+
+    run_inspect(folder, json=json)
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(help="What to answer or continue.")],
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the prompt as it is, no chat template.")
+    ] = False,
+    max_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 100,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time.")] = 0.0,
+    seed: Seed = 0,
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Answer a prompt."""
+    from pbsp.commands import run_generate
+
+    run_generate(
+        model,
+        prompt,
+        raw=raw,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        seed=seed,
+        device=device,
+        json=json,
+    )

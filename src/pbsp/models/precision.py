@@ -1,0 +1,48 @@
+"""The values of a model's weights: whether all are finite, and which 16-bit type can hold them."""
+
+import torch
+from transformers import PreTrainedModel
+
+from pbsp.errors import ConfigError, ModelError
+
+
+def check_finite(model: PreTrainedModel) -> None:
+    """Raise ModelError, naming the layer, if a weight is NaN or infinite."""
+    for name, parameter in model.named_parameters():
+        bad = parameter.numel() - int(torch.isfinite(parameter).sum())
+        if bad:
+            raise ModelError(
+                f"{name.removesuffix('.weight')}: {bad} of {parameter.numel()} weights are NaN or infinite; "
+                "the source is damaged"
+            )
+
+
+def storage_dtype(model: PreTrainedModel, requested: str) -> torch.dtype:
+    """The 16-bit type for what stays uncompressed.
+
+    "auto" keeps a 16-bit model's own type: float16 cannot replace bfloat16, whose activations may
+    be out of its range. A float32 model becomes float16 if its weights are in range.
+
+    Raises:
+        ConfigError: float16 is requested and a weight is out of its range.
+    """
+    if requested == "bfloat16":
+        return torch.bfloat16
+    if requested == "auto" and model.dtype in (torch.float16, torch.bfloat16):
+        return model.dtype
+    largest = max(
+        float(parameter.abs().max()) for parameter in model.parameters() if parameter.is_floating_point()
+    )
+    if largest <= torch.finfo(torch.float16).max:
+        return torch.float16
+    if requested == "float16":
+        raise ConfigError(f"dtype float16 cannot hold a weight of {largest:.3g}; choose bfloat16")
+    return torch.bfloat16
+
+
+def cast_stored(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Cast what `save_pretrained` writes. Other buffers stay: rotary frequencies lose their meaning in 16 bit."""
+    for tensor in model.state_dict(keep_vars=True).values():
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
+    model.config.dtype = dtype

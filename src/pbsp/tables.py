@@ -1,0 +1,59 @@
+"""Sizes as tables for people; evaluations have theirs in `evaluation.report`."""
+
+from collections.abc import Iterable
+
+from rich.table import Table
+
+from pbsp.inspection import Inspection
+from pbsp.report import LayerReport
+
+
+def summary_table(found: Inspection) -> Table:
+    """Nominal, stored and file sizes, one below the other, with the source's and the embeddings' share."""
+    table = Table(show_header=False)
+    table.add_row("nominal bits per weight (kept weights alone)", f"{found.nominal_bits:.4f}")
+    table.add_row("stored bits per weight (all linear layers)", f"{found.stored_bits:.4f}")
+    table.add_row("files", _megabytes(found.file_bytes))
+    embeddings = found.bytes_by_kind["embeddings and head"]
+    share = embeddings / found.file_bytes
+    table.add_row("  of them embeddings and head", f"{_megabytes(embeddings)} ({share:.0%})")
+    if found.source_bytes:
+        ratio = found.file_bytes / found.source_bytes
+        table.add_row("source's weight files", f"{_megabytes(found.source_bytes)} (now {ratio:.0%} of it)")
+    table.add_row("compressed linear layers", str(len(found.layers)))
+    table.add_row("linear layers left uncompressed", str(len(found.left_uncompressed)))
+    weights = sum(layer.weights for layer in found.layers)
+    error = sum(layer.output_error * layer.weights for layer in found.layers) / weights
+    table.add_row("mean relative output error, by weights", f"{error:.4f}")
+    return table
+
+
+def bytes_table(found: Inspection) -> Table:
+    """The folder's bytes by what they hold."""
+    table = Table("what the files hold", "bytes", "share")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for kind, size in found.bytes_by_kind.items():
+        table.add_row(kind, f"{size:,}", f"{size / found.file_bytes:.1%}")
+    table.add_row("all", f"{found.file_bytes:,}", "")
+    return table
+
+
+def layer_table(layers: Iterable[LayerReport]) -> Table:
+    """One row per compressed linear layer."""
+    table = Table("layer", "pattern", "shape", "stored bits", "output error")
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for layer in layers:
+        table.add_row(
+            layer.name,
+            layer.pattern,
+            f"{layer.out_features}×{layer.in_features}",
+            f"{layer.stored_bits:.4f}",
+            f"{layer.output_error:.4f}",
+        )
+    return table
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.2f} MB"

@@ -1,0 +1,188 @@
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+from tiny import CONFIGS, tiny_model, tiny_tokens
+from transformers import AutoModelForCausalLM
+
+import pbsp
+from pbsp.calibration.windows import Windows
+from pbsp.errors import CalibrationError, ModelError, PatternError
+from pbsp.models.blocks import decoder_blocks, linear_weight
+from pbsp.packed_linear import PackedLinear
+from pbsp.solver.hessian import output_error
+
+
+def windows(count=4, context=32):
+    return Windows(tiny_tokens(count, context), text="random", split="test", text_digest="0")
+
+
+def compressed(name="llama", pattern="4:8+2:8", **settings):
+    model = tiny_model(name)
+    report = pbsp.compress(model, None, pbsp.Config(pattern=pattern, **settings), corpus=windows())
+    return model, report
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@torch.no_grad()
+def test_compressed_model_saves_loads_and_generates(name, tmp_path):
+    model, report = compressed(name)
+    assert not report.left_uncompressed
+    linears = sum(len(block.linears()) for block in decoder_blocks(tiny_model(name)))
+    assert len(report.layers) == linears
+    pbsp.save_compressed(model, None, tmp_path / "out", report)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=model.dtype)
+    tokens = tiny_tokens(1)
+    assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+    settings = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    packed, dense = loaded.generate(tokens, **settings), loaded.dequantize().generate(tokens, **settings)
+    assert torch.equal(packed, dense)
+
+
+@torch.no_grad()
+def test_a_fresh_process_gives_the_same_logits(tmp_path):
+    model, report = compressed()
+    pbsp.save_compressed(model, None, tmp_path / "out", report)
+    torch.save(model(tiny_tokens(1)).logits, tmp_path / "logits.pt")
+    script = (
+        "import sys, torch, pbsp\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1] + '/out', dtype=torch.float16)\n"
+        "tokens = torch.randint(0, 256, (1, 32), generator=torch.Generator().manual_seed(0))\n"
+        "assert torch.equal(model(tokens).logits, torch.load(sys.argv[1] + '/logits.pt'))\n"
+    )
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, timeout=120)
+
+
+@torch.no_grad()
+def test_packed_weights_are_the_solvers_and_close_to_the_original():
+    original = tiny_model()
+    model, report = compressed(pattern="4:8+4:8")
+    for layer in report.layers:
+        dense = model.get_submodule(layer.name).dense()
+        weight = linear_weight(original.get_submodule(layer.name))
+        assert 0 < layer.output_error < 0.2
+        assert output_error(weight, dense, torch.eye(weight.shape[1])) < 0.3
+
+
+@torch.no_grad()
+def test_biases_survive():
+    original, (model, _) = tiny_model("opt"), compressed("opt")
+    for name, module in original.named_modules():
+        packed = model.get_submodule(name)
+        if isinstance(packed, PackedLinear):
+            torch.testing.assert_close(packed.bias, module.bias.to(packed.bias.dtype))
+
+
+def test_later_blocks_are_measured_behind_compressed_ones():
+    _, behind_compressed = compressed(inputs="compressed")
+    _, behind_original = compressed(inputs="original")
+    first, last = behind_compressed.layers[0], behind_compressed.layers[-1]
+    assert first == behind_original.layers[0]
+    assert last.output_error != behind_original.layers[-1].output_error
+
+
+def test_the_same_run_gives_the_same_bytes_and_leaves_the_callers_random_state():
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    model = tiny_model()  # seeds by itself
+    torch.manual_seed(5)
+    pbsp.compress(model, None, pbsp.Config(pattern="4:8"), corpus=pbsp.corpus("self", samples=2, context=16))
+    assert torch.equal(torch.rand(1), expected)
+    again = tiny_model()
+    pbsp.compress(again, None, pbsp.Config(pattern="4:8"), corpus=pbsp.corpus("self", samples=2, context=16))
+    for (name, left), right in zip(model.state_dict().items(), again.state_dict().values(), strict=True):
+        assert torch.equal(left, right), name
+
+
+def odd_model():
+    """Hidden size 64 and 100 intermediate features: down_proj's rows do not hold whole groups of 8."""
+    torch.manual_seed(0)
+    config = copy.deepcopy(CONFIGS["llama"])
+    config.intermediate_size = 100
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+def test_layers_that_do_not_tile_are_left_and_listed(tmp_path):
+    model = odd_model()
+    before = model.model.layers[1].mlp.down_proj.weight.detach().clone()
+    report = pbsp.compress(model, None, pbsp.Config(pattern="4:8"), corpus=windows())
+    assert list(report.left_uncompressed) == [f"model.layers.{i}.mlp.down_proj" for i in (0, 1)]
+    assert "4 left over" in report.left_uncompressed["model.layers.0.mlp.down_proj"]
+    assert torch.equal(model.model.layers[1].mlp.down_proj.weight, before.half())
+    pbsp.save_compressed(model, None, tmp_path / "out", report)
+    found = pbsp.inspect_folder(tmp_path / "out")
+    assert found.stored_bits == pytest.approx(report.stored_bits)
+    assert found.bytes_by_kind["linears left uncompressed"] == 2 * 2 * 64 * 100
+
+
+def test_strict_refuses_them_before_any_work():
+    model = odd_model()
+    with pytest.raises(PatternError, match=r"layers\.0\.mlp\.down_proj: .*--strict"):
+        pbsp.compress(model, None, pbsp.Config(pattern="4:8", strict=True), corpus=windows())
+    assert isinstance(model.model.layers[0].mlp.up_proj, torch.nn.Linear)
+
+
+def test_a_pattern_that_no_layer_can_take_is_refused():
+    with pytest.raises(PatternError, match="no layer can take 1:7"):
+        compressed(pattern="1:7", scale_block=7)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@torch.no_grad()
+def test_a_weight_that_is_not_finite_names_its_layer(value):
+    model = tiny_model()
+    model.model.layers[1].mlp.up_proj.weight[3, 4] = value
+    with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp\.up_proj: 1 of 8192 weights"):
+        pbsp.compress(model, None, corpus=windows())
+
+
+@torch.no_grad()
+def test_an_activation_that_overflows_names_its_block():
+    model = tiny_model()
+    model.model.layers[1].mlp.gate_proj.weight *= 1e30
+    model.model.layers[1].mlp.up_proj.weight *= 1e30
+    with pytest.raises(CalibrationError, match=r"model\.layers\.1: the model's own output"):
+        pbsp.compress(model, None, corpus=windows())
+
+
+def test_a_compressed_model_is_not_compressed_again():
+    model, _ = compressed()
+    with pytest.raises(ModelError, match="already"):
+        pbsp.compress(model, None, corpus=windows())
+
+
+@torch.no_grad()
+def test_a_weight_with_two_names_is_compressed_once():
+    model = tiny_model()
+    model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
+    pbsp.compress(model, None, pbsp.Config(pattern="4:8"), corpus=windows())
+    first, second = (model.model.layers[i].mlp.up_proj for i in (0, 1))
+    assert torch.equal(first.weight, second.weight)
+    assert torch.equal(first.weight_scale, second.weight_scale)
+
+
+@torch.no_grad()
+def test_identical_rows_of_one_token_are_solved():
+    model = tiny_model()
+    tokens = Windows(torch.full((3, 16), 7), text="one token", split="test", text_digest="0")
+    report = pbsp.compress(model, None, pbsp.Config(pattern="4:8"), corpus=tokens)
+    assert all(layer.output_error < 1 for layer in report.layers)
+    assert torch.isfinite(model(tokens.tokens).logits).all()
+
+
+def test_bfloat16_models_stay_bfloat16():
+    model = tiny_model().to(torch.bfloat16)
+    report = pbsp.compress(model, None, pbsp.Config(pattern="4:8"), corpus=windows())
+    assert model.dtype == torch.bfloat16
+    assert all(layer.output_error < 0.3 for layer in report.layers)
+
+
+def test_weights_out_of_float16_range_are_kept_in_bfloat16():
+    model = tiny_model()
+    model.model.embed_tokens.weight.data[0, 0] = 1e6
+    pbsp.compress(model, None, pbsp.Config(pattern="4:8"), corpus=windows())
+    assert model.dtype == torch.bfloat16

@@ -1,0 +1,41 @@
+"""The direction of imports, as docs/design of the package draws it: arrows point one way."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parent.parent / "src" / "pbsp"
+LOW = {"errors", "pruning", "binarization", "solver"}
+ALLOWED = {
+    "errors": set(),
+    "pruning": {"errors"},
+    "binarization": {"errors", "pruning"},
+    "solver": {"errors"},
+    "methods": LOW,
+    "storage": {"errors", "pruning", "binarization"},
+    "kernels": {"errors", "pruning", "binarization", "storage"},
+    "packed_linear": {"errors", "pruning", "binarization", "storage", "kernels"},
+    "models": {"errors"},
+    "calibration": {"errors", "models"},
+    "allocation": {"errors", "models", "pruning"},
+    "evaluation": {"errors", "calibration"},
+    "integrations": {"errors", "storage", "packed_linear"},
+}
+
+
+def imported_parts(path: Path) -> set[str]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    modules = [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    modules += [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+    return {module.split(".")[1] for module in modules if module.startswith("pbsp.")}
+
+
+@pytest.mark.parametrize("part", ALLOWED)
+def test_imports_point_one_way(part):
+    files = (
+        [SOURCE / f"{part}.py"] if (SOURCE / f"{part}.py").exists() else list((SOURCE / part).glob("**/*.py"))
+    )
+    assert files
+    for path in files:
+        assert imported_parts(path) - {part} <= ALLOWED[part], path.name
