@@ -14,27 +14,28 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    no_args_is_help=True,
 )
+_INTERRUPTED = 130
 
 Model = Annotated[str, typer.Argument(help="Folder, Hub id, .gguf file, or smollm2-135m.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on stdout.")]
-Seed = Annotated[int, typer.Option(help="Of sampling and of the choice of text windows.")]
+_SEED_HELP = "Of sampling and of the choice of text windows."
+Seed = Annotated[int, typer.Option(help=_SEED_HELP)]
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command; a user's error is one line on stderr and exit code 2."""
     command = typer.main.get_command(app)
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        code = command.main(arguments, prog_name="pbsp", standalone_mode=False)
+        code = command.main(arguments or ["--help"], prog_name="pbsp", standalone_mode=False)
     except PbspError as error:
         code = _fail(str(error))
     except TyperException as error:
-        code = _fail(error.format_message() if hasattr(error, "format_message") else str(error))
-    except KeyboardInterrupt:
-        print("pbsp: interrupted; nothing was written", file=sys.stderr)
-        code = 130
+        code = _fail(f"{error.format_message().rstrip('.')}; see pbsp --help")
+    if code == _INTERRUPTED:  # typer's code for Ctrl-C, about which it says nothing
+        print("pbsp: interrupted; no half-written output is left", file=sys.stderr)
     sys.exit(code or 0)
 
 
@@ -46,7 +47,7 @@ def _fail(message: str) -> int:
 @app.command()
 def compress(
     model: Model,
-    output: Annotated[str, typer.Option("--output", "-o", help="Folder to write; it must be new or empty.")],
+    output: Annotated[str, typer.Option("--output", "-o", help="Folder to write; new or empty, see --overwrite.")],
     pattern: Annotated[
         str | None, typer.Option(help="Planes, N:M or several joined by +, as 4:8+2:8.")
     ] = None,
@@ -60,7 +61,7 @@ def compress(
         str | None, typer.Option(help="Of what stays uncompressed: auto, float16, bfloat16.")
     ] = None,
     strict: Annotated[
-        bool | None, typer.Option("--strict", help="Refuse layers that cannot take it.")
+        bool | None, typer.Option("--strict/--no-strict", help="Refuse layers that cannot take it.")
     ] = None,
     config: Annotated[
         str | None, typer.Option(help="TOML file with these options; the command line wins.")
@@ -68,15 +69,15 @@ def compress(
     calibration: Annotated[str | None, typer.Option(help="self, c4, wikitext2 or a text file.")] = None,
     samples: Annotated[int | None, typer.Option(help="Calibration windows.")] = None,
     context: Annotated[int | None, typer.Option(help="Tokens of a calibration window.")] = None,
-    seed: Seed = 0,
+    seed: Annotated[int | None, typer.Option(help=_SEED_HELP)] = None,
     device: Device = "auto",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model in the output folder.")] = False,
     json: Json = False,
 ) -> None:
     """Compress MODEL and write it to a folder that transformers loads."""
     from pbsp.commands import run_compress
 
-    given = {
+    settings = {
         "pattern": pattern,
         "scale_block": scale_block,
         "sweeps": sweeps,
@@ -85,13 +86,13 @@ def compress(
         "dtype": dtype,
         "strict": strict,
     }
-    text = {"name": calibration, "samples": samples, "context": context, "seed": seed}
+    text = {"calibration": calibration, "samples": samples, "context": context, "seed": seed}
     run_compress(
         model,
         output,
-        settings={name: value for name, value in given.items() if value is not None},
+        settings={name: value for name, value in settings.items() if value is not None},
+        text={name: value for name, value in text.items() if value is not None},
         config_file=config,
-        text=text,
         device=device,
         overwrite=overwrite,
         json=json,

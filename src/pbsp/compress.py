@@ -63,7 +63,7 @@ def compress(
     config = config or Config()
     corpus = corpus or Corpus("self", samples=32, context=512)
     tell = progress or (lambda stage, done, total: None)
-    seconds = dict.fromkeys(("sample", "calibrate", "solve"), 0.0)
+    seconds: dict[str, float] = dict.fromkeys(("sample", "calibrate", "solve"), 0.0)
     blocks = decoder_blocks(model)
     plan = uniform_plan(blocks, config.patterns, strict=config.strict)
     check_finite(model)
@@ -82,7 +82,7 @@ def compress(
         stored_bits=bits.stored,
         layers=layers,
         left_uncompressed=plan.left_uncompressed,
-        source=model.config.name_or_path,
+        source=model.config.name_or_path or "",
         source_bytes=0,
         calibration=corpus.describe(),
         seconds=seconds,
@@ -114,7 +114,8 @@ def _compress_blocks(
             solved |= _solve_block(linears, moments, plan, config)
             for name, module in linears.items():
                 planes, error = solved[plan.same_as.get(name, name)]
-                layer = PackedLinear.from_planes(planes, module.bias)
+                bias = module.bias if isinstance(module.bias, Tensor) else None
+                layer = PackedLinear.from_planes(planes, bias)
                 replace_module(model, name, layer)
                 yield LayerReport.of(name, layer, error)
             solved = {name: result for name, result in solved.items() if name in plan.same_as.values()}

@@ -2,6 +2,7 @@
 
 import difflib
 import tomllib
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ _CHOICES = {
     "inputs": ("compressed", "original"),
     "dtype": ("auto", "float16", "bfloat16"),
 }
+_TEXT_OPTIONS: dict[str, type] = {"calibration": str, "samples": int, "context": int, "seed": int}
 
 
 @dataclass(frozen=True)
@@ -45,15 +47,8 @@ class Config:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value = getattr(self, field.name)
-            fits = isinstance(value, field.type) if isinstance(field.type, type) else True
-            if field.type is float and isinstance(value, int) and not isinstance(value, bool):
-                fits = True
-            if field.type is int and isinstance(value, bool):
-                fits = False
-            if not fits:
-                wanted = getattr(field.type, "__name__", field.type)
-                raise ConfigError(f"{field.name} must be of type {wanted}, not {value!r}")
+            assert isinstance(field.type, type)  # not a string: this module does not postpone annotations
+            _check_type(field.name, getattr(self, field.name), field.type)
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}")
@@ -80,17 +75,40 @@ class Config:
     @staticmethod
     def from_dict(values: dict[str, Any]) -> "Config":
         """A config with `values` over the defaults; ConfigError if a key is unknown."""
-        known = [field.name for field in fields(Config)]
-        for key in values:
-            if key not in known:
-                close = difflib.get_close_matches(key, known, n=1)
-                hint = f"did you mean {close[0]!r}?" if close else f"known options: {', '.join(known)}"
-                raise ConfigError(f"unknown option {key!r}; {hint}")
+        _refuse_unknown(values, [field.name for field in fields(Config)])
         return Config(**values)
 
 
-def read_config_file(path: Path) -> dict[str, Any]:
-    """The options of a TOML file, one `name = value` a line; ConfigError if it cannot be read."""
+def read_config_file(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The settings, and the choice of calibration text, in a TOML file of one `name = value` a line.
+
+    Raises:
+        ConfigError: the file cannot be read, an option is unknown, or one of the text's is of a wrong type.
+    """
+    values = _read_toml(path)
+    _refuse_unknown(values, [*(field.name for field in fields(Config)), *_TEXT_OPTIONS])
+    text = {name: values.pop(name) for name in _TEXT_OPTIONS if name in values}
+    for name, value in text.items():
+        _check_type(name, value, _TEXT_OPTIONS[name])
+    return values, text
+
+
+def _check_type(name: str, value: object, wanted: type) -> None:
+    """Raise ConfigError unless `value` is of the type; an int serves as a float, a bool not as an int."""
+    serves = {float: (int, float)}.get(wanted, wanted)
+    if not isinstance(value, serves) or (isinstance(value, bool) and wanted is not bool):
+        raise ConfigError(f"{name} must be of type {wanted.__name__}, not {value!r}")
+
+
+def _refuse_unknown(values: Iterable[str], known: list[str]) -> None:
+    for key in values:
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known options: {', '.join(known)}"
+            raise ConfigError(f"unknown option {key!r}; {hint}")
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

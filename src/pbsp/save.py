@@ -5,10 +5,33 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pbsp.errors import OutputError
+from pbsp.models.quiet import quiet_libraries
 from pbsp.report import CompressionReport
-from pbsp.storage.folder import new_folder
+from pbsp.storage.folder import check_output, new_folder
 
 REPORT_FILE = "pbsp_report.json"
+
+
+def check_target(folder: Path, *, source: str, overwrite: bool) -> None:
+    """Raise OutputError unless the compressed form of `source` can be written to `folder`.
+
+    Overwriting removes a folder with all it holds: that must be a model, and not the source.
+    """
+    check_output(folder, overwrite=overwrite)
+    if folder.is_symlink():
+        raise OutputError(f"{folder} is a symbolic link; name the folder that it points to")
+    whole = folder.resolve()
+    if Path.cwd().is_relative_to(whole):
+        raise OutputError(f"{folder} is or holds the current folder; name a new folder in it")
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if not (folder / "config.json").is_file():
+        raise OutputError(
+            f"{folder} holds no model (it has no config.json), so it is not overwritten; choose another folder"
+        )
+    if Path(source).expanduser().resolve().is_relative_to(whole):
+        raise OutputError(f"overwriting {folder} would remove the source {source}; choose another folder")
 
 
 def save_compressed(
@@ -22,12 +45,14 @@ def save_compressed(
     """Write a model that `compress` has packed; `folder` appears only when it is whole.
 
     Raises:
-        OutputError: the folder is in use, cannot be created, or the disk is full.
+        OutputError: see `check_target`; or the folder cannot be created, or the disk is full.
     """
+    check_target(Path(folder), source=report.source, overwrite=overwrite)
     with new_folder(Path(folder), overwrite=overwrite) as partial:
-        model.save_pretrained(partial)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
+        with quiet_libraries():
+            model.save_pretrained(partial)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(partial)
         text = json.dumps(report.to_dict(), indent=1)
         (partial / REPORT_FILE).write_text(text + "\n", encoding="utf-8")
         (partial / "README.md").write_text(_model_card(report), encoding="utf-8")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, pipeline
 from transformers.pytorch_utils import Conv1D
 
 from pbsp.errors import ConfigError, FormatError
@@ -16,7 +16,7 @@ from pbsp.integrations.transformers import PbspQuantizationConfig, attach, repla
 from pbsp.packed_linear import PackedLinear
 from pbsp.storage.checkpoint import packed_digest
 from random_planes import packed_model, random_planes
-from tiny import CONFIGS, tiny_model, tiny_tokens
+from tiny import CONFIGS, tiny_model, tiny_tokenizer, tiny_tokens
 
 QUERY = "model.layers.0.self_attn.q_proj"
 LOAD = "import sys, torch, transformers{more}\nload = transformers.AutoModelForCausalLM.from_pretrained\n"
@@ -121,6 +121,15 @@ def test_greedy_generation_equals_that_of_the_dense_reconstruction(saved, name):
     tokens = tiny_tokens(2, 8)
     packed = load(folder).generate(tokens, **options)
     assert torch.equal(load(folder).dequantize().generate(tokens, **options), packed)
+
+
+def test_pipelines_generate_with_packed_models(saved):
+    tokenizer, model = tiny_tokenizer(), load(saved("llama")[0])
+    settings = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    pipe = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    text = pipe("abc", return_full_text=False, **settings)[0]["generated_text"]
+    expected = model.generate(torch.tensor([tokenizer("abc").input_ids]), **settings)
+    assert text == tokenizer.decode(expected[0, 3:], skip_special_tokens=True)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

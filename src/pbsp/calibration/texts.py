@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pbsp.errors import CorpusError
-from pbsp.models.quiet import quiet_loading
+from pbsp.models.quiet import quiet_libraries
 
 Part = Literal["calibration", "evaluation"]
 NAMED = ("c4", "wikitext2", "ptb")
@@ -155,7 +155,7 @@ def _hub(name: str, repository: str) -> Iterator[Any]:
     bars = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:
-        with quiet_loading():
+        with quiet_libraries():
             snapshot_download(repository, repo_type="dataset", allow_patterns=["README.md"])
             yield datasets
     except OSError as error:  # every error of the two libraries that a missing network causes is one

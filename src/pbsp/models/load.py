@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from pbsp.errors import ConfigError, ModelError
 from pbsp.models.folder import check_folder, half_dtype, has_tokenizer, weight_bytes, weight_files
 from pbsp.models.gguf import BUILTIN, builtin_file, converted_folder
-from pbsp.models.quiet import quiet_loading
+from pbsp.models.quiet import quiet_libraries
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
@@ -106,7 +106,7 @@ def _hub_folder(source: str) -> Path:
     if source.startswith((".", "/", "~")):
         raise ModelError(f"{source} does not exist; {known}")
     try:
-        with quiet_loading():
+        with quiet_libraries():
             folder = Path(snapshot_download(source, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_IGNORED))
             if not weight_files(folder):
                 snapshot_download(source, allow_patterns=["*.bin"], ignore_patterns=_HUB_IGNORED)
@@ -123,7 +123,7 @@ def _hub_folder(source: str) -> Path:
 
 def _load_folder(source: str, folder: Path, *, device: torch.device, dtype: object) -> PreTrainedModel:
     try:
-        with quiet_loading():
+        with quiet_libraries():
             model, info = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
                 folder,
                 dtype=dtype,
@@ -147,7 +147,7 @@ def _load_tokenizer(source: str, folder: Path) -> PreTrainedTokenizerBase | None
     if not has_tokenizer(folder):
         return None
     try:
-        with quiet_loading():
+        with quiet_libraries():
             return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except _LOAD_ERRORS as error:
         raise ModelError(f"the tokenizer of {source} cannot be loaded: {_one_line(error)}") from None

@@ -41,7 +41,7 @@ def storage_dtype(model: PreTrainedModel, requested: str) -> torch.dtype:
 
 
 def cast_stored(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Cast what `save_pretrained` writes. Other buffers stay: rotary frequencies lose their meaning in 16 bit."""
+    """Cast what `save_pretrained` writes; other buffers stay, as rotary frequencies need their float32."""
     for tensor in model.state_dict(keep_vars=True).values():
         if tensor.is_floating_point():
             tensor.data = tensor.data.to(dtype)

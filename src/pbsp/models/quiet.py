@@ -1,4 +1,4 @@
-"""Silence the libraries while they load: whoever calls us shows the progress."""
+"""Silence the libraries while they load, save and generate: whoever calls us shows the progress."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from transformers.utils import logging as transformers_logging
 
 
 @contextmanager
-def quiet_loading() -> Iterator[None]:
+def quiet_libraries() -> Iterator[None]:
     """No progress bars or warnings of transformers and huggingface_hub inside; their state is put back."""
     level, hub_level = transformers_logging.get_verbosity(), hub_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
