@@ -60,7 +60,7 @@ def main() -> None:
             planes = method.compress(weight, moments[name])
             seconds += time.perf_counter() - start
             error = output_error(weight, planes.dense(), moments[name])
-            reports.append(LayerReport.of(name, PackedLinear.from_planes(planes), error))
+            reports.append(LayerReport.of(name, PackedLinear.of(planes), error))
         weights = sum(report.weights for report in reports)
         row = {
             "pattern": text,

@@ -2,6 +2,7 @@
 
 import fractions
 import itertools
+import struct
 
 import torch
 
@@ -90,3 +91,90 @@ def losses_and_divergence(model, original, window):
         agreements.append(float(p.argmax() == q.argmax()))
     count = len(window) - 1
     return sum(losses) / count, sum(divergences) / count, sum(agreements) / count
+
+
+def grouped_bytes_by_integers(matrix):
+    """The stored bytes of layout `paper`, weight by weight: codes, members, scalars and salient columns."""
+
+    def stream(numbers, width):
+        bits = sum(number << width * place for place, number in enumerate(numbers))
+        return bits.to_bytes((width * len(numbers) + 7) // 8, "little")
+
+    salient = matrix.salient.tolist()
+    part_rows = len(matrix.signs) // len(salient)
+    members, scalars = [], []
+    for row, signs in enumerate(matrix.signs.tolist()):
+        numbers = []
+        for column, sign in enumerate(signs):
+            if sign and salient[row // part_rows][column]:
+                numbers.append(int(matrix.residual_signs[row, column] == 1))
+            elif sign:
+                numbers.append(int(matrix.groups[row, column]))
+        members.append(stream(numbers, 2))
+        flat = matrix.scalars[row].flatten().tolist()
+        scalars.append(struct.pack(f"<{len(flat)}e", *flat))
+    codes = code_bytes_by_integers(matrix.signs, matrix.pattern)
+    return codes, members, scalars, [stream([int(bit) for bit in columns], 1) for columns in salient]
+
+
+def grouped_weight(matrix, row, column):
+    """One weight of layout `paper`, from the words of its definition."""
+    sign = int(matrix.signs[row, column])
+    scalars = matrix.scalars[row, column // matrix.block].tolist()
+    part_rows = len(matrix.signs) // len(matrix.salient)
+    if sign == 0:
+        return 0.0
+    if matrix.salient[row // part_rows, column]:
+        first, second, mean = scalars[6:]
+        return first * sign + second * int(matrix.residual_signs[row, column]) + mean
+    group = int(matrix.groups[row, column])
+    return scalars[2 * group] * sign + scalars[2 * group + 1]
+
+
+def coefficients_by_least_squares(weight, terms, inputs):
+    """Each row's coefficients by an ordinary regression of its outputs on those of every term."""
+    rows = []
+    for row in range(len(weight)):
+        regressors = inputs @ terms[row].T
+        fit = torch.linalg.lstsq(regressors, (inputs @ weight[row])[:, None], driver="gelsd").solution
+        rows.append(regressors @ fit[:, 0])
+    return torch.stack(rows)  # the fitted outputs: coefficients of equal terms are not unique
+
+
+def best_mask_by_enumeration(weight, metric, kept):
+    """The support of one row and its least loss when the kept weights themselves are refitted freely."""
+    best, best_loss = None, float("inf")
+    for support in itertools.combinations(range(len(weight)), kept):
+        index = list(support)
+        inner = metric[index][:, index]
+        solution = torch.linalg.solve(inner, metric[index] @ weight)
+        residual = weight.clone()
+        residual[index] -= solution
+        loss = float(residual @ metric @ residual)
+        if loss < best_loss:
+            best, best_loss = index, loss
+    return best, best_loss
+
+
+def salient_count_by_trying(weight, keep, order, most):
+    """How many of the ordered columns to binarize twice, by the squared error left, α's without means."""
+
+    def error(values):
+        if not len(values):
+            return 0.0
+        alpha = values.abs().mean()
+        return float((values - alpha * torch.where(values < 0, -1.0, 1.0)).square().sum())
+
+    losses = []
+    for count in range(most + 1):
+        chosen = set(order[:count].tolist())
+        loss = 0.0
+        for row in range(len(weight)):
+            inside = [j for j in range(weight.shape[1]) if keep[row, j] and j in chosen]
+            outside = [j for j in range(weight.shape[1]) if keep[row, j] and j not in chosen]
+            values = weight[row, inside]
+            if len(values):
+                values = values - values.abs().mean() * torch.where(values < 0, -1.0, 1.0)
+            loss += error(values) + error(weight[row, outside])
+        losses.append(loss)
+    return losses

@@ -29,14 +29,15 @@ def random_planes(text: str, rows: int, columns: int, *, scale_block: int = 48, 
     return Planes(patterns, torch.stack(signs), round_scales(scales * magnitudes[:, None, None]), scale_block)
 
 
-def packed_model(name: str, text: str = "4:8+2:8"):
-    """A tiny model as compress leaves it: random planes in place of every linear but the head."""
+def packed_model(name: str, text: str = "4:8+2:8", *, make=random_planes):
+    """A tiny model as compress leaves it: what `make` gives in place of every linear but the head."""
     model = tiny_model(name)
     for path, module in list(model.named_modules()):
         if isinstance(module, nn.Linear | Conv1D) and path != "lm_head":
             rows, columns = (module.weight.T if isinstance(module, Conv1D) else module.weight).shape
-            planes = random_planes(text, rows, columns, seed=len(path))
-            replace_module(model, path, PackedLinear.from_planes(planes, module.bias))
+            replace_module(
+                model, path, PackedLinear.of(make(text, rows, columns, seed=len(path)), module.bias)
+            )
     config = PbspQuantizationConfig(left_uncompressed={"lm_head": "head"}, provenance={"seed": 0})
     attach(model, config)
     return model

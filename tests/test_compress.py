@@ -4,15 +4,15 @@ import sys
 
 import pytest
 import torch
-from tiny import CONFIGS, tiny_model, tiny_tokens
 from transformers import AutoModelForCausalLM
 
 import pbsp
 from pbsp.calibration.windows import Windows
-from pbsp.errors import CalibrationError, ModelError, PatternError
+from pbsp.errors import CalibrationError, ConfigError, ModelError, PatternError
 from pbsp.models.blocks import decoder_blocks, linear_weight
 from pbsp.packed_linear import PackedLinear
 from pbsp.solver.hessian import output_error
+from tiny import CONFIGS, tiny_model, tiny_tokens
 
 
 def windows(count=4, context=32):
@@ -186,3 +186,52 @@ def test_weights_out_of_float16_range_are_kept_in_bfloat16():
     model.model.embed_tokens.weight.data[0, 0] = 1e6
     pbsp.compress(model, None, pbsp.Config(pattern="4:8"), corpus=windows())
     assert model.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
+@torch.no_grad()
+def test_the_papers_layout_saves_and_loads(name, tmp_path):
+    model, report = compressed(name, pattern="4:8", layout="paper", weighting="attention", updates=1)
+    assert not report.plain_moments
+    assert {layer.layout for layer in report.layers} == {"paper"}
+    assert all(0 < layer.output_error < 0.2 for layer in report.layers)
+    pbsp.save_compressed(model, None, tmp_path / "out", report)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=model.dtype)
+    assert torch.equal(loaded(tiny_tokens(1)).logits, model(tiny_tokens(1)).logits)
+    found = pbsp.inspect_folder(tmp_path / "out")
+    assert found.stored_bits == pytest.approx(report.stored_bits)
+    assert found.nominal_bits == pytest.approx(report.nominal_bits)
+
+
+def test_attention_weighting_changes_the_value_projections_of_the_first_block_alone():
+    _, plain = compressed(weighting="plain")
+    _, weighted = compressed(weighting="attention")
+    changed = [
+        a.name for a, b in zip(plain.layers, weighted.layers, strict=True) if a != b and "layers.0" in a.name
+    ]
+    assert changed == ["model.layers.0.self_attn.v_proj"]
+
+
+def test_weighting_is_attention_for_planes_and_plain_for_the_papers_layout():
+    assert pbsp.Config(pattern="4:8").moment_weighting == "attention"
+    assert pbsp.Config(pattern="4:8", layout="paper").moment_weighting == "plain"
+    assert pbsp.Config(pattern="4:8", layout="paper", weighting="attention").moment_weighting == "attention"
+
+
+def test_the_papers_allocation_gives_the_more_important_block_more_weights():
+    _, report = compressed("llama", pattern="4:8", layout="paper", allocation="paper", updates=1)
+    coarse = report.coarse
+    assert sorted(coarse.kept) == [3, 5]
+    first, second = (report.layers[0], report.layers[-1])
+    assert first.pattern == f"{coarse.kept[0]}:8"
+    assert second.pattern == f"{coarse.kept[1]}:8"
+    assert (coarse.importances[0] > coarse.importances[1]) == (coarse.kept[0] > coarse.kept[1])
+    assert all(
+        cosine == pytest.approx(1 - i) for cosine, i in zip(coarse.cosines, coarse.importances, strict=True)
+    )
+
+
+@pytest.mark.parametrize("setting", [{"layout": "paper"}, {"allocation": "paper"}])
+def test_the_papers_stages_take_one_plane(setting):
+    with pytest.raises(ConfigError, match="takes one N:M, not the 2 planes"):
+        pbsp.Config(pattern="4:8+2:8", **setting)

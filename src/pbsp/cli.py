@@ -33,7 +33,9 @@ def main(arguments: list[str] | None = None) -> None:
     except PbspError as error:
         code = _fail(str(error))
     except TyperException as error:
-        code = _fail(f"{error.format_message().rstrip('.')}; see pbsp --help")
+        context = getattr(error, "ctx", None)  # only usage errors know which command was meant
+        command_path = context.command_path if context else "pbsp"
+        code = _fail(f"{error.format_message().rstrip('.')}; see {command_path} --help")
     if code == _INTERRUPTED:  # typer's code for Ctrl-C, about which it says nothing
         print("pbsp: interrupted; no half-written output is left", file=sys.stderr)
     sys.exit(code or 0)
@@ -47,11 +49,18 @@ def _fail(message: str) -> int:
 @app.command()
 def compress(
     model: Model,
-    output: Annotated[str, typer.Option("--output", "-o", help="Folder to write; new or empty, see --overwrite.")],
+    output: Annotated[
+        str, typer.Option("--output", "-o", help="Folder to write; new or empty, see --overwrite.")
+    ],
     pattern: Annotated[
         str | None, typer.Option(help="Planes, N:M or several joined by +, as 4:8+2:8.")
     ] = None,
-    scale_block: Annotated[int | None, typer.Option(help="Columns that share one 8-bit scale.")] = None,
+    layout: Annotated[str | None, typer.Option(help="planes, or paper: the paper's method, one N:M.")] = None,
+    weighting: Annotated[
+        str | None, typer.Option(help="Of tokens in value projections' moments: plain or attention.")
+    ] = None,
+    allocation: Annotated[str | None, typer.Option(help="uniform, or paper: N by block importance.")] = None,
+    scale_block: Annotated[int | None, typer.Option(help="Columns that share their scales.")] = None,
     sweeps: Annotated[int | None, typer.Option(help="Rounds of coordinate descent.")] = None,
     damping: Annotated[
         float | None, typer.Option(help="Ridge on the moments, of their mean diagonal.")
@@ -71,7 +80,9 @@ def compress(
     context: Annotated[int | None, typer.Option(help="Tokens of a calibration window.")] = None,
     seed: Annotated[int | None, typer.Option(help=_SEED_HELP)] = None,
     device: Device = "auto",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model in the output folder.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the model in the output folder.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Compress MODEL and write it to a folder that transformers loads."""
@@ -79,6 +90,9 @@ def compress(
 
     settings = {
         "pattern": pattern,
+        "layout": layout,
+        "weighting": weighting,
+        "allocation": allocation,
         "scale_block": scale_block,
         "sweeps": sweeps,
         "damping": damping,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json as json_format
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,23 +18,25 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Table
 from transformers import PreTrainedModel
 
 from pbsp.calibration.corpus import SELF, Corpus, evaluation_windows
+from pbsp.calibration.texts import read_text
 from pbsp.compress import compress
 from pbsp.config import Config, read_config_file
 from pbsp.errors import ConfigError
 from pbsp.evaluation.perplexity import evaluate
 from pbsp.evaluation.report import evaluation_table
-from pbsp.generation import Answer, generate
-from pbsp.inspection import inspect_folder
+from pbsp.generation import check_request, generate
+from pbsp.inspection import Inspection, inspect_folder
 from pbsp.models.gguf import BUILTIN
 from pbsp.models.load import load_model
 from pbsp.resources import peak_rss_bytes
-from pbsp.save import save_compressed
-from pbsp.storage.folder import check_output
+from pbsp.save import check_target, save_compressed
 from pbsp.tables import bytes_table, layer_table, summary_table
 
+_WIDTH_OF_FILES = 120
 _STAGES = {"sample": "sampling text", "compress": "compressing blocks", "evaluate": "evaluating"}
 
 
@@ -42,32 +45,33 @@ def run_compress(
     output: str,
     *,
     settings: dict[str, Any],
-    config_file: str | None,
     text: dict[str, Any],
+    config_file: str | None,
     device: str,
     overwrite: bool,
     json: bool,
 ) -> None:
     """`pbsp compress`; everything that can be wrong with the request is found before the model loads."""
-    from_file = read_config_file(Path(config_file)) if config_file else {}
-    config = Config.from_dict({**from_file, **settings})
-    corpus = _corpus(source, text)
-    check_output(Path(output), overwrite=overwrite)
+    filed_settings, filed_text = read_config_file(Path(config_file)) if config_file else ({}, {})
+    config = Config.from_dict({**filed_settings, **settings})
+    corpus = _corpus(source, {**filed_text, **text})
+    _check_text(corpus.name)
+    check_target(Path(output), source=source, overwrite=overwrite)
     loaded = load_model(source, device=device)
     if config.dtype == "auto" and loaded.source_dtype is not None:
         config = dataclasses.replace(config, dtype=loaded.source_dtype)
     with _bars() as progress:
         report = compress(loaded.model, loaded.tokenizer, config, corpus=corpus, progress=progress)
-    start = time.perf_counter()
     report = dataclasses.replace(
         report,
         source=source,
         source_bytes=loaded.source_bytes,
         seconds={**loaded.seconds, **report.seconds},
     )
+    start = time.perf_counter()
     save_compressed(loaded.model, loaded.tokenizer, output, report, overwrite=overwrite)
-    found = inspect_folder(Path(output))
     seconds = {**report.seconds, "save": time.perf_counter() - start}
+    found = inspect_folder(Path(output))
     if json:
         values = {
             **report.to_dict(),
@@ -77,14 +81,11 @@ def run_compress(
         }
         _print_json(values)
         return
-    console = Console()
-    console.print(summary_table(found))
-    if report.calibration["note"]:
-        console.print(f"calibrated on {report.calibration['note']}")
-    for name, reason in found.left_uncompressed.items():
-        console.print(f"left uncompressed: {name}: {reason}")
-    spent = ", ".join(f"{stage} {value:.1f} s" for stage, value in seconds.items() if value)
-    console.print(f"{spent}; peak memory {peak_rss_bytes() / 1e9:.2f} GB; written to {output}")
+    _print_tables(summary_table(found))
+    print(_calibrated_on(report.calibration))
+    _print_left(found)
+    spent = ", ".join(f"{stage} {value:.1f} s" for stage, value in seconds.items() if value >= 0.05)
+    print(f"{spent}; peak memory {peak_rss_bytes() / 1e9:.2f} GB; written to {output}")
 
 
 def run_evaluate(
@@ -100,6 +101,8 @@ def run_evaluate(
     json: bool,
 ) -> None:
     """`pbsp evaluate`."""
+    Corpus(text, windows or 1, context, seed)  # refuses numbers out of range before anything is loaded
+    _check_text(text)
     loaded = load_model(source, device=device, dtype=dtype)
     original = load_model(against, device=device, dtype=dtype) if against else None
     if text == SELF and original is None and getattr(loaded.model, "is_quantized", False):
@@ -126,10 +129,9 @@ def run_evaluate(
             {"model": source, "against": against, **result.to_json(), "calibrated_on_this_text": seen}
         )
         return
-    console = Console()
-    console.print(evaluation_table({source: result}))
+    _print_tables(evaluation_table({source: result}))
     if seen:
-        console.print("Warning: the model was calibrated on this very text; the numbers flatter it.")
+        print("Warning: the model was calibrated on this very text; the numbers flatter it.")
 
 
 def run_inspect(folder: str, *, json: bool) -> None:
@@ -138,12 +140,9 @@ def run_inspect(folder: str, *, json: bool) -> None:
     if json:
         _print_json(found.to_dict())
         return
-    console = Console()
-    console.print(layer_table(found.layers))
-    for name, reason in found.left_uncompressed.items():
-        console.print(f"left uncompressed: {name}: {reason}")
-    console.print(bytes_table(found))
-    console.print(summary_table(found))
+    _print_tables(layer_table(found.layers))
+    _print_left(found)
+    _print_tables(bytes_table(found), summary_table(found))
 
 
 def run_generate(
@@ -158,8 +157,9 @@ def run_generate(
     json: bool,
 ) -> None:
     """`pbsp generate`."""
+    check_request(max_tokens=max_tokens, temperature=temperature, seed=seed)
     loaded = load_model(source, device=device)
-    answer: Answer = generate(
+    answer = generate(
         loaded.model,
         loaded.tokenizer,
         prompt,
@@ -178,11 +178,18 @@ def _corpus(source: str, text: dict[str, Any]) -> Corpus:
     """The calibration text; what was not given depends on whether the model is the small built-in one."""
     small = source == BUILTIN
     defaults = {
-        "name": SELF if small else "c4",
+        "calibration": SELF if small else "c4",
         "samples": 32 if small else 128,
         "context": 512 if small else 2048,
     }
-    return Corpus(**{**defaults, **{name: value for name, value in text.items() if value is not None}})
+    values = {**defaults, **text}
+    return Corpus(values.pop("calibration"), **values)
+
+
+def _check_text(name: str) -> None:
+    """Read a file once before the model is loaded, to refuse a bad one; other texts are too far away."""
+    if name not in (SELF, "c4", "wikitext2"):
+        read_text(name, part="calibration", characters=None, seed=0)
 
 
 def _calibration(model: PreTrainedModel) -> dict[str, Any] | None:
@@ -202,7 +209,8 @@ def _bars() -> Iterator[Any]:
         TextColumn("ETA"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True)) as bars:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
         tasks: dict[str, Any] = {}
 
         def progress(stage: str, done: int, total: int) -> None:
@@ -213,5 +221,24 @@ def _bars() -> Iterator[Any]:
         yield progress
 
 
+def _calibrated_on(calibration: dict[str, Any]) -> str:
+    extent = f"{calibration['windows']} windows of {calibration['context']} tokens"
+    note = f" ({calibration['note']})" if calibration["note"] else ""
+    return f"calibrated on {calibration['text']}: {extent}{note}, seed {calibration['seed']}"
+
+
+def _print_left(found: Inspection) -> None:
+    for name, reason in found.left_uncompressed.items():
+        print(f"left uncompressed: {name}: {reason}")
+
+
+def _print_tables(*tables: Table) -> None:
+    """Tables on stdout, wide enough for their content where no terminal says otherwise."""
+    console = Console(markup=False, highlight=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = _WIDTH_OF_FILES
+    console.print(*tables)
+
+
 def _print_json(values: dict[str, Any]) -> None:
-    print(json_format.dumps(values, indent=1))
+    print(json_format.dumps(values, indent=1, allow_nan=False))

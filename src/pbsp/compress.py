@@ -4,6 +4,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
 
@@ -11,23 +12,22 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pbsp.allocation import Plan, uniform_plan
-from pbsp.binarization.planes import Planes
+from pbsp.allocation import Plan, paper_plan, uniform_plan
 from pbsp.calibration.corpus import Corpus
-from pbsp.calibration.moments import collect_moments
+from pbsp.calibration.importance import block_cosines
+from pbsp.calibration.moments import InputMoment, MomentPart, collect_block_moments
 from pbsp.calibration.walk import Walk
 from pbsp.calibration.windows import Windows
 from pbsp.config import Config
 from pbsp.errors import CalibrationError
 from pbsp.integrations.transformers import PbspQuantizationConfig, attach, replace_module
-from pbsp.methods.planes import PlaneFit
 from pbsp.models.blocks import Block, decoder_blocks, linear_weight
 from pbsp.models.precision import cast_stored, check_finite, storage_dtype
 from pbsp.packed_linear import PackedLinear
 from pbsp.pruning.pattern import Pattern
 from pbsp.report import Bits, CompressionReport, LayerReport
 from pbsp.resources import peak_rss_bytes
-from pbsp.solver.hessian import output_error
+from pbsp.storage.layouts import Representation, join
 
 Progress = Callable[[str, int, int], None]
 """Called with a stage's name, the steps done and the steps in all."""
@@ -71,7 +71,19 @@ def compress(
     with _timed(seconds, "sample"):
         if isinstance(corpus, Corpus):
             corpus = corpus.windows(tokenizer, model, progress=partial(tell, "sample"))
-    layers = tuple(_compress_blocks(model, blocks, corpus.tokens, plan, config, seconds=seconds, tell=tell))
+    coarse = None
+    if config.allocation == "paper":
+        with _timed(seconds, "calibrate"):
+            importances = [1 - cosine for cosine in block_cosines(model, blocks, corpus.tokens)]
+        plan, coarse = paper_plan(
+            blocks,
+            config.patterns[0],
+            importances,
+            strict=config.strict,
+            spread=None if config.spread < 0 else config.spread,
+        )
+    run = _Run(model, blocks, plan, config, seconds, tell)
+    layers = tuple(run.compress_blocks(corpus.tokens))
     cast_stored(model, dtype)
     provenance = {"config": config.to_dict(), "calibration": corpus.describe(), "versions": _versions()}
     attach(model, PbspQuantizationConfig(left_uncompressed=plan.left_uncompressed, provenance=provenance))
@@ -82,6 +94,8 @@ def compress(
         stored_bits=bits.stored,
         layers=layers,
         left_uncompressed=plan.left_uncompressed,
+        plain_moments=run.plain_because,
+        coarse=coarse,
         source=model.config.name_or_path or "",
         source_bytes=0,
         calibration=corpus.describe(),
@@ -90,64 +104,82 @@ def compress(
     )
 
 
-def _compress_blocks(
-    model: PreTrainedModel,
-    blocks: list[Block],
-    tokens: Tensor,
-    plan: Plan,
-    config: Config,
-    *,
-    seconds: dict[str, float],
-    tell: Progress,
-) -> Iterator[LayerReport]:
-    """Measure, solve and replace block after block; each is measured behind its compressed predecessors."""
-    with _timed(seconds, "calibrate"):
-        walk = Walk(model, blocks, tokens)
-    original_inputs = config.inputs == "original"
-    solved: dict[str, tuple[Planes, float]] = {}
-    for index, block in enumerate(blocks):
-        tell("compress", index, len(blocks))
-        linears = {name: module for name, module in block.linears().items() if name in plan.patterns}
-        with _timed(seconds, "calibrate"):
-            moments = collect_moments(linears, partial(walk.run, index, block.module, keep=original_inputs))
-        with _timed(seconds, "solve"):
-            solved |= _solve_block(linears, moments, plan, config)
-            for name, module in linears.items():
-                planes, error = solved[plan.same_as.get(name, name)]
-                bias = module.bias if isinstance(module.bias, Tensor) else None
-                layer = PackedLinear.from_planes(planes, bias)
-                replace_module(model, name, layer)
-                yield LayerReport.of(name, layer, error)
-            solved = {name: result for name, result in solved.items() if name in plan.same_as.values()}
-        with _timed(seconds, "calibrate"):
-            if not original_inputs:
-                walk.run(index, block.module, keep=True)
-    tell("compress", len(blocks), len(blocks))
+@dataclass
+class _Run:
+    """One pass over the blocks, and what it finds on the way."""
 
+    model: PreTrainedModel
+    blocks: list[Block]
+    plan: Plan
+    config: Config
+    seconds: dict[str, float]
+    tell: Progress
+    plain_because: dict[str, str] = field(default_factory=dict)
 
-def _solve_block(
-    linears: dict[str, nn.Module], moments: dict[str, Tensor], plan: Plan, config: Config
-) -> dict[str, tuple[Planes, float]]:
-    """Planes and relative output error of each linear; those with one moment are solved as one matrix."""
-    groups: dict[tuple[int, tuple[Pattern, ...]], list[str]] = {}
-    for name in linears:
-        if name in plan.same_as:
-            continue
-        if name not in moments:
-            raise CalibrationError(f"{name} is never called on the calibration text, so it cannot be solved")
-        groups.setdefault((id(moments[name]), plan.patterns[name]), []).append(name)
-    results: dict[str, tuple[Planes, float]] = {}
-    for (_, patterns), names in groups.items():
-        weights = [linear_weight(linears[name]).float() for name in names]
-        moment = moments[names[0]]
-        method = PlaneFit(patterns, config.scale_block, config.damping, config.sweeps)
-        try:
-            planes = method.compress(torch.cat(weights), moment).split([len(weight) for weight in weights])
-        except CalibrationError as error:
-            raise CalibrationError(f"{', '.join(names)}: {error}") from None
-        for name, weight, part in zip(names, weights, planes, strict=True):
-            results[name] = part, output_error(weight, part.dense(), moment)
-    return results
+    def compress_blocks(self, tokens: Tensor) -> Iterator[LayerReport]:
+        """Measure, solve and replace block after block, each behind its compressed predecessors."""
+        with _timed(self.seconds, "calibrate"):
+            walk = Walk(self.model, self.blocks, tokens)
+        original_inputs = self.config.inputs == "original"
+        solved: dict[str, tuple[Representation, float]] = {}
+        for index, block in enumerate(self.blocks):
+            self.tell("compress", index, len(self.blocks))
+            linears = {name: module for name, module in block.linears().items() if name in self.plan.patterns}
+            with _timed(self.seconds, "calibrate"):
+                weighting = self.config.moment_weighting
+                moments = collect_block_moments(
+                    walk, index, block, linears, weighting=weighting, keep=original_inputs
+                )
+                self.plain_because |= moments.plain_because
+            with _timed(self.seconds, "solve"):
+                solved |= self._solve(linears, moments.inputs)
+                for name, module in linears.items():
+                    representation, error = solved[self.plan.same_as.get(name, name)]
+                    bias = module.bias if isinstance(module.bias, Tensor) else None
+                    layer = PackedLinear.of(representation, bias)
+                    replace_module(self.model, name, layer)
+                    yield LayerReport.of(name, layer, error)
+                solved = {
+                    name: result for name, result in solved.items() if name in self.plan.same_as.values()
+                }
+            with _timed(self.seconds, "calibrate"):
+                if not original_inputs:
+                    walk.run(index, block.module, keep=True)
+        self.tell("compress", len(self.blocks), len(self.blocks))
+
+    def _solve(
+        self, linears: dict[str, nn.Module], moments: dict[str, InputMoment]
+    ) -> dict[str, tuple[Representation, float]]:
+        """Each linear's representation and relative output error; rows with one moment are one matrix."""
+        weights: dict[str, Tensor] = {}
+        groups: dict[tuple[int, tuple[Pattern, ...]], list[tuple[str, MomentPart]]] = {}
+        for name, module in linears.items():
+            if name in self.plan.same_as:
+                continue
+            if name not in moments:
+                raise CalibrationError(f"{name} is never called on the calibration text; it cannot be solved")
+            weights[name] = linear_weight(module).float()
+            for part in moments[name].parts:
+                groups.setdefault((id(part.moment), self.plan.patterns[name]), []).append((name, part))
+        pieces: dict[str, list[tuple[int, Representation]]] = {name: [] for name in weights}
+        for (_, patterns), members in groups.items():
+            rows = [weights[name][part.rows.start : part.rows.stop] for name, part in members]
+            try:
+                whole = self.config.method(patterns).compress(torch.cat(rows), members[0][1].moment)
+            except CalibrationError as error:
+                names = ", ".join(dict.fromkeys(name for name, _ in members))
+                raise CalibrationError(f"{names}: {error}") from None
+            for (name, part), piece in zip(members, whole.split([len(row) for row in rows]), strict=True):
+                pieces[name].append((part.rows.start, piece))
+        results: dict[str, tuple[Representation, float]] = {}
+        for name, weight in weights.items():
+            ordered = [piece for _, piece in sorted(pieces[name], key=lambda item: item[0])]
+            representation = join(ordered)
+            moment = moments[name]
+            signal = moment.error(weight)
+            error = moment.error(weight - representation.dense()) / signal if signal > 0 else 0.0
+            results[name] = representation, error
+        return results
 
 
 def _versions() -> dict[str, str]:

@@ -1,6 +1,5 @@
 """What a compressed model's folder holds, counted from the files themselves."""
 
-import copy
 import json
 import math
 from dataclasses import asdict, dataclass
@@ -8,29 +7,36 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from pbsp.errors import FormatError, ModelError
-from pbsp.pruning.pattern import format_patterns
+from pbsp.integrations.transformers import METHOD, PbspQuantizationConfig
+from pbsp.models.folder import check_folder
+from pbsp.models.quiet import quiet_libraries
 from pbsp.report import Bits, LayerReport
 from pbsp.save import REPORT_FILE
-from pbsp.storage.bits import CODES, OFFSETS, SCALES, nominal_bits
-from pbsp.storage.checkpoint import LayerEntry, StoredTensor, read_headers
+from pbsp.storage.checkpoint import (
+    LayerEntry,
+    StoredTensor,
+    check_layer_headers,
+    read_headers,
+    read_nominal_bits,
+)
 from pbsp.storage.folder import folder_bytes
 
-_ITEM_BYTES = {
-    "F64": 8,
-    "I64": 8,
-    "F32": 4,
-    "I32": 4,
-    "F16": 2,
-    "BF16": 2,
-    "I16": 2,
-    "U8": 1,
-    "I8": 1,
-    "BOOL": 1,
+_ITEM_BYTES = {  # by the names of safetensors
+    **dict.fromkeys(("F64", "I64", "U64"), 8),
+    **dict.fromkeys(("F32", "I32", "U32"), 4),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
+    **dict.fromkeys(("U8", "I8", "BOOL", "F8_E4M3", "F8_E5M2"), 1),
 }
+_KINDS = (
+    "embeddings and head",
+    "linears left uncompressed",
+    "norms and biases",
+)
 
 
 @dataclass(frozen=True)
@@ -54,27 +60,39 @@ class Inspection:
     left_uncompressed: dict[str, str]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(self)
+        """Plain values for JSON; null for an output error that is not recorded."""
+        values = asdict(self)
+        for layer in values["layers"]:
+            layer["output_error"] = None if math.isnan(layer["output_error"]) else layer["output_error"]
+        return values
 
 
 def inspect_folder(folder: Path) -> Inspection:
-    """Count what `folder` stores.
+    """Count what `folder` stores, from the files' headers; only loading also checks the tensors' values.
 
     Raises:
-        ModelError: the folder is not a model compressed by pbsp.
+        ModelError: the folder is not a model compressed by pbsp, or lacks files.
         FormatError: its files are damaged.
     """
-    config = _compressed_config(folder)
-    entries = {n: LayerEntry.from_dict(n, e) for n, e in config.quantization_config["layers"].items()}
-    left = dict(config.quantization_config["left_uncompressed"])
+    config, quantization = _compressed_config(folder)
+    skeleton = _skeleton(config)
+    place = {name: index for index, (name, _) in enumerate(skeleton.named_modules())}
+    # config.json has them by the alphabet, which puts block 10 before block 2
+    names = sorted(quantization.layers, key=lambda name: place.get(name, len(place)))
+    entries = {name: quantization.layers[name] for name in names}
+    left = quantization.left_uncompressed
     sizes = folder_bytes(folder)
     files = [name for name in sizes if name.endswith(".safetensors")]
     tensors = {tensor.key: tensor for tensor in read_headers(str(folder / name) for name in files)}
     recorded = _recorded(folder)
     errors = {layer["name"]: layer["output_error"] for layer in recorded.get("layers", [])}
+    for name in left:
+        if f"{name}.weight" not in tensors:
+            raise FormatError(
+                f"tensor {name}.weight is missing from the model's files; the model is incomplete"
+            )
     layers = tuple(_layer(name, entry, tensors, errors) for name, entry in entries.items())
-    kinds = _bytes_by_kind(tensors, set(entries), left=set(left), embeddings=_embedding_keys(config))
+    kinds = _bytes_by_kind(tensors, entries, left=set(left), embeddings=_embedding_keys(skeleton))
     kinds["file headers"] = sum(sizes[name] for name in files) - sum(kinds.values())
     kinds["tokenizer, configuration, report"] = sum(sizes.values()) - sum(sizes[name] for name in files)
     left_weights = sum(math.prod(tensors[f"{name}.weight"].shape) for name in left)
@@ -91,66 +109,71 @@ def inspect_folder(folder: Path) -> Inspection:
     )
 
 
-def _compressed_config(folder: Path) -> PretrainedConfig:
-    """The model's config; ModelError unless pbsp compressed it."""
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"{folder} is not a model folder: it has no config.json")
-    config = AutoConfig.from_pretrained(folder)
-    quantization = getattr(config, "quantization_config", None)
-    if not isinstance(quantization, dict) or quantization.get("quant_method") != "pbsp":
+def _compressed_config(folder: Path) -> tuple[PretrainedConfig, PbspQuantizationConfig]:
+    """The model's config without its quantization, and that; ModelError unless pbsp compressed it."""
+    if not folder.is_dir():
+        raise ModelError(f"{folder} is not a folder; name one that `pbsp compress` wrote")
+    check_folder(folder)
+    try:
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        quantization = values.pop("quantization_config", None)
+        with quiet_libraries():
+            config = AutoConfig.for_model(values.pop("model_type"), **values)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
+        raise ModelError(f"{folder / 'config.json'} is not a model's configuration: {error}") from None
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != METHOD:
         raise ModelError(f"{folder} is not compressed by pbsp; `pbsp compress {folder} -o OUT` does that")
-    return config
+    checked = PbspQuantizationConfig.from_dict(quantization)
+    if not checked.layers:
+        raise FormatError(f"{folder / 'config.json'} lists no packed layer; it is damaged")
+    return config, checked
 
 
 def _recorded(folder: Path) -> dict[str, Any]:
     """What `compress` recorded beside the model; empty if the file was not kept."""
     path = folder / REPORT_FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    try:
+        recorded = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FormatError(f"{path} cannot be read ({error}); delete it to go on without") from None
+    if not isinstance(recorded, dict):
+        raise FormatError(f"{path} is not an object; delete it to go on without")
+    return recorded
 
 
 def _layer(
     name: str, entry: LayerEntry, tensors: dict[str, StoredTensor], errors: dict[str, float]
 ) -> LayerReport:
-    stored = [tensors.get(f"{name}.{suffix}") for suffix in (CODES, SCALES, OFFSETS)]
-    if None in stored:
-        raise FormatError(
-            f"{name}: a packed tensor is missing from the model's files; the model is incomplete"
-        )
-    return LayerReport(
-        name=name,
-        pattern=format_patterns(entry.patterns),
-        out_features=entry.out_features,
-        in_features=entry.in_features,
-        nominal_bits=nominal_bits(entry.patterns),
-        stored_bits=8 * sum(_bytes(t) for t in stored if t) / (entry.out_features * entry.in_features),
-        output_error=errors.get(name, math.nan),
+    check_layer_headers(name, entry, tensors)
+    stored = sum(_bytes(tensors[f"{name}.{suffix}"]) for suffix in entry.form.specs())
+    nominal = read_nominal_bits(name, entry, tensors)
+    return LayerReport.counted(
+        name, entry.form, nominal, bits=8 * stored, output_error=errors.get(name, math.nan)
     )
 
 
 def _bytes(tensor: StoredTensor) -> int:
+    if tensor.dtype not in _ITEM_BYTES:
+        raise FormatError(f"tensor {tensor.key} is of type {tensor.dtype}, which is not known here")
     return math.prod(tensor.shape) * _ITEM_BYTES[tensor.dtype]
 
 
 def _bytes_by_kind(
-    tensors: dict[str, StoredTensor], packed: set[str], *, left: set[str], embeddings: set[str]
+    tensors: dict[str, StoredTensor], packed: dict[str, LayerEntry], *, left: set[str], embeddings: set[str]
 ) -> dict[str, int]:
     """Tensor bytes by kind."""
-    kinds = dict.fromkeys(
-        (
-            "plane codes",
-            "plane scales",
-            "embeddings and head",
-            "linears left uncompressed",
-            "norms and biases",
-        ),
-        0,
-    )
+    specs = {
+        f"{name}.{suffix}": spec
+        for name, entry in packed.items()
+        for suffix, spec in entry.form.specs().items()
+    }
+    kinds = dict.fromkeys((*(spec.kind for spec in specs.values()), *_KINDS), 0)
     for key, tensor in tensors.items():
         layer, _, suffix = key.rpartition(".")
-        if layer in packed and suffix == CODES:
-            kind = "plane codes"
-        elif layer in packed and suffix in (SCALES, OFFSETS):
-            kind = "plane scales"
+        if key in specs:
+            kind = specs[key].kind
         elif key in embeddings:
             kind = "embeddings and head"
         elif layer in left and suffix == "weight":
@@ -161,12 +184,14 @@ def _bytes_by_kind(
     return kinds
 
 
-def _embedding_keys(config: PretrainedConfig) -> set[str]:
+def _skeleton(config: PretrainedConfig) -> PreTrainedModel:
+    """The uncompressed model without weights."""
+    with quiet_libraries(), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def _embedding_keys(model: PreTrainedModel) -> set[str]:
     """Names of the input and output embeddings' weights, and of learned positions."""
-    config = copy.deepcopy(config)
-    del config.quantization_config
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
     head = model.get_output_embeddings()
     return {
         f"{name}.weight"

@@ -3,9 +3,11 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from pbsp.allocation import CoarseAllocation
 from pbsp.packed_linear import PackedLinear
 from pbsp.pruning.pattern import format_patterns
-from pbsp.storage.bits import nominal_bits, stored_bits
+from pbsp.storage.bits import stored_bits
+from pbsp.storage.layouts import Form
 
 
 @dataclass(frozen=True)
@@ -13,12 +15,14 @@ class LayerReport:
     """One compressed linear layer.
 
     Attributes:
-        nominal_bits: kept weights per weight, as the paper counts; no masks, no scales.
+        layout: how it is stored, "planes" or "paper".
+        nominal_bits: sign bits per weight, as the paper counts; no masks, no scales.
         stored_bits: bits per weight of the layer's stored tensors, scales and padding included.
         output_error: tr(R S Rᵀ)/tr(W S Wᵀ) on the calibration moment S that the layer was solved with.
     """
 
     name: str
+    layout: str
     pattern: str
     out_features: int
     in_features: int
@@ -29,15 +33,25 @@ class LayerReport:
     @staticmethod
     def of(name: str, layer: PackedLinear, output_error: float) -> "LayerReport":
         """The bits of `layer`, counted from its tensors."""
-        packed = layer.packed
-        bits = stored_bits((packed.codes, packed.scales, packed.offsets))
+        tensors = layer.packed.tensors()
+        nominal = layer.form.nominal_bits(tensors.__getitem__)
+        return LayerReport.counted(
+            name, layer.form, nominal, bits=stored_bits(tensors.values()), output_error=output_error
+        )
+
+    @staticmethod
+    def counted(
+        name: str, form: Form, nominal_bits: float, *, bits: int, output_error: float
+    ) -> "LayerReport":
+        """The report of a layer whose packed tensors take `bits` in all."""
         return LayerReport(
             name=name,
-            pattern=format_patterns(layer.patterns),
-            out_features=layer.out_features,
-            in_features=layer.in_features,
-            nominal_bits=nominal_bits(layer.patterns),
-            stored_bits=bits / (layer.out_features * layer.in_features),
+            layout=form.layout,
+            pattern=format_patterns(form.patterns),
+            out_features=form.out_features,
+            in_features=form.in_features,
+            nominal_bits=nominal_bits,
+            stored_bits=bits / (form.out_features * form.in_features),
             output_error=output_error,
         )
 
@@ -75,6 +89,8 @@ class CompressionReport:
     Attributes:
         nominal_bits, stored_bits: see `Bits`.
         left_uncompressed: linear layer → reason.
+        plain_moments: attention whose values could not be weighted by it → reason.
+        coarse: the paper's allocation over blocks, where it was asked for.
         source: the model that was compressed.
         source_bytes: size of its weight files; 0 where that is not known.
         calibration: what the moments were measured on (`Windows.describe`).
@@ -86,6 +102,8 @@ class CompressionReport:
     stored_bits: float
     layers: tuple[LayerReport, ...]
     left_uncompressed: dict[str, str]
+    plain_moments: dict[str, str]
+    coarse: CoarseAllocation | None
     source: str
     source_bytes: int
     calibration: dict[str, Any]

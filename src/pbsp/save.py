@@ -28,7 +28,7 @@ def check_target(folder: Path, *, source: str, overwrite: bool) -> None:
         return
     if not (folder / "config.json").is_file():
         raise OutputError(
-            f"{folder} holds no model (it has no config.json), so it is not overwritten; choose another folder"
+            f"{folder} holds no model (it has no config.json), so it is not replaced; choose another"
         )
     if Path(source).expanduser().resolve().is_relative_to(whole):
         raise OutputError(f"overwriting {folder} would remove the source {source}; choose another folder")

@@ -1,5 +1,6 @@
 """Sizes as tables for people; evaluations have theirs in `evaluation.report`."""
 
+import math
 from collections.abc import Iterable
 
 from rich.table import Table
@@ -24,7 +25,7 @@ def summary_table(found: Inspection) -> Table:
     table.add_row("linear layers left uncompressed", str(len(found.left_uncompressed)))
     weights = sum(layer.weights for layer in found.layers)
     error = sum(layer.output_error * layer.weights for layer in found.layers) / weights
-    table.add_row("mean relative output error, by weights", f"{error:.4f}")
+    table.add_row("mean relative output error, by weights", _error(error))
     return table
 
 
@@ -42,6 +43,8 @@ def bytes_table(found: Inspection) -> Table:
 def layer_table(layers: Iterable[LayerReport]) -> Table:
     """One row per compressed linear layer."""
     table = Table("layer", "pattern", "shape", "stored bits", "output error")
+    for column in table.columns[:2]:
+        column.overflow = "fold"  # names differ at their ends
     for column in table.columns[2:]:
         column.justify = "right"
     for layer in layers:
@@ -50,9 +53,13 @@ def layer_table(layers: Iterable[LayerReport]) -> Table:
             layer.pattern,
             f"{layer.out_features}×{layer.in_features}",
             f"{layer.stored_bits:.4f}",
-            f"{layer.output_error:.4f}",
+            _error(layer.output_error),
         )
     return table
+
+
+def _error(value: float) -> str:
+    return "not recorded" if math.isnan(value) else f"{value:.4f}"
 
 
 def _megabytes(size: int) -> str:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, pipeline
+from transformers import AutoModel, AutoModelForSequenceClassification, pipeline
 from transformers.pytorch_utils import Conv1D
 
 from pbsp.errors import ConfigError, FormatError
@@ -16,23 +16,11 @@ from pbsp.integrations.transformers import PbspQuantizationConfig, attach, repla
 from pbsp.packed_linear import PackedLinear
 from pbsp.storage.checkpoint import packed_digest
 from random_planes import packed_model, random_planes
+from saved import edit_config, edit_tensors, load, logits, packed_linears
 from tiny import CONFIGS, tiny_model, tiny_tokenizer, tiny_tokens
 
 QUERY = "model.layers.0.self_attn.q_proj"
 LOAD = "import sys, torch, transformers{more}\nload = transformers.AutoModelForCausalLM.from_pretrained\n"
-
-
-def logits(model):
-    with torch.no_grad():
-        return model(tiny_tokens()).logits
-
-
-def load(folder, **options):
-    return AutoModelForCausalLM.from_pretrained(folder, **options)
-
-
-def packed_linears(model):
-    return {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
 
 
 @pytest.fixture(scope="module")
@@ -56,19 +44,6 @@ def llama(tmp_path):
     """A folder of a packed tied Llama that a test may damage."""
     packed_model("llama").save_pretrained(tmp_path)
     return tmp_path
-
-
-def edit_config(folder, change):
-    path = folder / "config.json"
-    config = json.loads(path.read_text())
-    change(config["quantization_config"])
-    path.write_text(json.dumps(config))
-
-
-def edit_tensors(folder, change):
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -282,6 +257,8 @@ def test_invalid_codes_are_refused_even_with_a_matching_digest(llama):
         ({"bias": True}, f"layer {QUERY}: .*bias"),
         ({"sha256": "0" * 63}, f"layer {QUERY}: sha256"),
         ({"mu": 0}, f"layer {QUERY}: its entry must have exactly"),
+        ({"layout": "paper"}, f"layer {QUERY}: its entry must have exactly .*salient_parts"),
+        ({"layout": "plane"}, f"layer {QUERY}: layout is 'plane'; this pbsp knows planes and paper"),
     ],
 )
 def test_a_wrong_entry_is_refused_by_the_layers_name(llama, change, message):
@@ -347,7 +324,7 @@ def test_config_records_what_it_was_given(llama):
 
 def test_attaching_again_updates_the_digests_of_changed_layers(tmp_path):
     model = packed_model("llama")
-    replace_module(model, QUERY, PackedLinear.from_planes(random_planes("2:8", 64, 64)))
+    replace_module(model, QUERY, PackedLinear.of(random_planes("2:8", 64, 64)))
     attach(model, model.config.quantization_config)
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(load(tmp_path)), logits(model))
@@ -355,10 +332,10 @@ def test_attaching_again_updates_the_digests_of_changed_layers(tmp_path):
 
 def test_replace_module_notes_a_conv1d_and_keeps_the_mode():
     model = nn.Sequential(nn.Sequential(Conv1D(16, 32))).eval()
-    module = PackedLinear.from_planes(random_planes("4:8", 16, 32))
+    module = PackedLinear.of(random_planes("4:8", 16, 32))
     replace_module(model, "0.0", module)
     assert model[0][0] is module
     assert module.conv1d
-    replace_module(model, "0.0", again := PackedLinear.from_planes(random_planes("2:8", 16, 32)))
+    replace_module(model, "0.0", again := PackedLinear.of(random_planes("2:8", 16, 32)))
     assert again.conv1d
     assert not module.training

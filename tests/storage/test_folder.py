@@ -18,14 +18,19 @@ def test_folder_appears_whole_and_leaves_nothing_else(tmp_path):
     assert names(tmp_path / "deep") == ["out"]
 
 
+def fill_halfway(out, error):
+    with new_folder(out, overwrite=True) as partial:
+        (partial / "new").write_text("half")
+        raise error
+
+
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_failure_leaves_the_old_folder_and_no_partial_one(tmp_path, error):
     out = tmp_path / "out"
     out.mkdir()
     (out / "old").write_text("kept")
-    with pytest.raises(error), new_folder(out, overwrite=True) as partial:
-        (partial / "new").write_text("half")
-        raise error
+    with pytest.raises(error):
+        fill_halfway(out, error)
     assert names(tmp_path) == ["out"]
     assert names(out) == ["old"]
 

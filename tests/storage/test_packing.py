@@ -11,7 +11,8 @@ from oracles import code_bytes_by_integers
 from pbsp.binarization.planes import Planes
 from pbsp.errors import FormatError, PatternError
 from pbsp.pruning.pattern import Pattern
-from pbsp.storage.packing import check_packed, pack_planes, row_bytes, unpack_planes, unpack_signs
+from pbsp.storage.packing import row_bytes, unpack_signs
+from pbsp.storage.planes import pack_planes
 from random_planes import random_planes, random_signs
 
 FORMAT = Path(__file__).parents[2] / "docs" / "format.md"
@@ -36,8 +37,8 @@ WIDE = ["3:7", "31:31", "16:20", "5:24", "1:64", "2:100"]
 
 def assert_round_trip(planes: Planes) -> None:
     packed = pack_planes(planes)
-    check_packed(packed)
-    back = unpack_planes(packed)
+    packed.check()
+    back = packed.unpack()
     assert back.patterns == planes.patterns
     assert back.scale_block == planes.scale_block
     assert torch.equal(back.signs, planes.signs)
@@ -97,7 +98,7 @@ def test_tables_and_arithmetic_decode_alike(monkeypatch):
     packed = pack_planes(planes)
     monkeypatch.setattr("pbsp.storage.packing._TABLE_BYTES", 0)
     monkeypatch.setattr("pbsp.storage.packing._TILE_WEIGHTS", 200)
-    assert torch.equal(unpack_planes(packed).signs, planes.signs)
+    assert torch.equal(packed.unpack().signs, planes.signs)
 
 
 def test_tiles_do_not_show_in_the_bytes(monkeypatch):
@@ -106,12 +107,12 @@ def test_tiles_do_not_show_in_the_bytes(monkeypatch):
     monkeypatch.setattr("pbsp.storage.packing._TILE_WEIGHTS", 200)
     monkeypatch.setattr("pbsp.storage.packing._TILE_CODES", 20)
     assert torch.equal(pack_planes(planes).codes, packed.codes)
-    assert torch.equal(unpack_planes(packed).signs, planes.signs)
+    assert torch.equal(packed.unpack().signs, planes.signs)
 
 
 def test_any_range_of_rows_decodes_on_its_own():
     planes = random_planes("4:8+2:8", 9, 48, scale_block=20)
-    part = unpack_planes(pack_planes(planes).rows(4, 7))
+    part = pack_planes(planes).rows(4, 7).unpack()
     assert torch.equal(part.signs, planes.signs[:, 4:7])
     assert torch.equal(part.scales, planes.scales[:, 4:7])
 
@@ -125,7 +126,7 @@ def test_a_rank_beyond_the_last_support_is_refused(text):
     row = first_invalid << 7 * pattern.code_bits  # as the eighth code of the last row
     packed.codes[2] = torch.tensor(list(row.to_bytes(pattern.code_bits, "little")), dtype=torch.uint8)
     with pytest.raises(FormatError, match=f"plane 0 holds code {first_invalid}; pattern {pattern}"):
-        check_packed(packed)
+        packed.check()
 
 
 @pytest.mark.parametrize("plane", [0, 1])
@@ -134,13 +135,13 @@ def test_set_padding_bits_are_refused(plane):
     column = (5, 8)[plane] - 1
     packed.codes[1, column] |= 128
     with pytest.raises(FormatError, match=f"plane {plane} has set bits in the padding"):
-        check_packed(packed)
+        packed.check()
 
 
 def test_a_scale_offset_beyond_float32_is_refused():
     packed = pack_planes(random_planes("4:8", 3, 24))
     with pytest.raises(FormatError, match="offset 127"):
-        check_packed(replace(packed, offsets=torch.tensor([127], dtype=torch.int8)))
+        replace(packed, offsets=torch.tensor([127], dtype=torch.int8)).check()
 
 
 def test_scales_that_were_not_rounded_are_our_own_bug():
@@ -162,7 +163,7 @@ def test_a_pattern_that_does_not_tile_is_refused():
 
 
 def test_the_worked_matrix_of_the_documentation_has_the_bytes_printed_there():
-    text = FORMAT.read_text(encoding="utf-8")
+    text = FORMAT.read_text(encoding="utf-8").partition("### A worked matrix\n")[2].partition("\n## ")[0]
     symbols = {"+": 1, "-": -1, ".": 0}
     rows = [[symbols[c] for c in row if c in symbols] for row in re.findall(r"^row \d:(.*)$", text, re.M)]
     signs = torch.tensor(rows, dtype=torch.int8)

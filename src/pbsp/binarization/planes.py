@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int8
 from torch import Tensor
 
+from pbsp.binarization.scales import round_scales
 from pbsp.pruning.pattern import Pattern
 
 
@@ -41,6 +42,15 @@ class Planes:
             Planes(self.patterns, signs.contiguous(), scales.contiguous(), self.scale_block)
             for signs, scales in zip(self.signs.split(rows, 1), self.scales.split(rows, 1), strict=True)
         ]
+
+    @staticmethod
+    def join(parts: list["Planes"]) -> "Planes":
+        """The rows of `parts` one below the other; the smallest scales are rounded to the common offset."""
+        if len(parts) == 1:
+            return parts[0]
+        scales = round_scales(torch.cat([part.scales for part in parts], 1))
+        signs = torch.cat([part.signs for part in parts], 1)
+        return Planes(parts[0].patterns, signs, scales, parts[0].scale_block)
 
     @property
     def keep(self) -> Bool[Tensor, "planes out in"]:

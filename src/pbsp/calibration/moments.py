@@ -2,12 +2,20 @@
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from pbsp.calibration.attention import QUERY_ROWS, ValueMoments
+from pbsp.calibration.walk import Walk
 from pbsp.errors import CalibrationError
+from pbsp.models.blocks import Block, linear_weight
+
+Weighting = Literal["plain", "attention"]
+"""How the tokens count in a value projection's moment: all alike, or as the attention mixes them."""
 
 
 class Moment:
@@ -63,3 +71,108 @@ def collect_moments(linears: dict[str, nn.Module], run: Callable[[], None]) -> d
         if not bool(torch.isfinite(means[id(moment)]).all()):
             raise CalibrationError(f"{name}: its inputs are NaN or infinite on the calibration text")
     return {name: means[id(moment)] for name, moment in moments.items()}
+
+
+@dataclass(frozen=True)
+class MomentPart:
+    """The moment that some consecutive output rows of a linear layer are fitted with."""
+
+    rows: range
+    moment: Float[Tensor, "in in"]
+
+
+@dataclass(frozen=True)
+class InputMoment:
+    """What a linear layer is fitted with: parts that cover its output rows, in order.
+
+    One part is the rule. A value projection weighted by attention has one for every kv head; where
+    one layer makes queries, keys and values, its other rows keep the plain moment. Equal moments are
+    one object, here and between layers.
+    """
+
+    parts: tuple[MomentPart, ...]
+
+    def error(self, difference: Float[Tensor, "out in"]) -> float:
+        """Σ over rows of dᵀ S d: the mean squared change of the output by this change of the weight."""
+        changes = [(difference[part.rows.start : part.rows.stop].float(), part.moment) for part in self.parts]
+        return sum(float(((change @ moment) * change).sum()) for change, moment in changes)
+
+
+@dataclass(frozen=True)
+class BlockMoments:
+    """The moments of one block.
+
+    Attributes:
+        inputs: linear layer → its moment, in the order of the first calls.
+        plain_because: attention that was to be weighted and was not → why its values have plain moments.
+    """
+
+    inputs: dict[str, InputMoment]
+    plain_because: dict[str, str]
+
+
+def collect_block_moments(
+    walk: Walk,
+    index: int,
+    block: Block,
+    linears: dict[str, nn.Module],
+    *,
+    weighting: Weighting = "plain",
+    keep: bool,
+    query_rows: int = QUERY_ROWS,
+    seed: int = 0,
+) -> BlockMoments:
+    """Run block `index` of the walk on all windows and gather the moments of `linears`, named in full.
+
+    Both weightings see the same run, by the model's own attention function: plain moments and the
+    hidden states that are kept do not depend on the choice.
+
+    Args:
+        walk: stands before the block.
+        index: the block's.
+        block: its linear layers are still dense.
+        linears: of the block; others get no moment.
+        weighting: of the tokens in a value projection's moment; see `calibration.attention`.
+        keep: the outputs become the next block's inputs.
+        query_rows: see `ValueMoments`.
+        seed: of the choice of query rows.
+
+    Raises:
+        CalibrationError: a moment is not finite; names the layer.
+    """
+    if weighting == "plain":
+        plain = collect_moments(linears, lambda: walk.run(index, block.module, keep=keep))
+        return BlockMoments({name: _plain(linears[name], moment) for name, moment in plain.items()}, {})
+    values = ValueMoments(block, query_rows=query_rows, seed=seed)
+    with values.watching():
+        plain = collect_moments(linears, lambda: walk.run(index, block.module, keep=keep))
+    inputs = {name: _plain(linears[name], moment) for name, moment in plain.items()}
+    if values.reason or values.heads is None:
+        name = values.heads.name if values.heads else values.watched
+        return BlockMoments(inputs, {name: values.reason})
+    name = values.heads.name
+    if name in inputs:
+        means = values.means()
+        if not all(bool(torch.isfinite(mean).all()) for mean in means):
+            raise CalibrationError(f"{name}: its attention is NaN or infinite on the calibration text")
+        inputs[name] = _with_heads(inputs[name], values.heads.rows, means)
+    return BlockMoments(inputs, {})
+
+
+def _plain(module: nn.Module, moment: Tensor) -> InputMoment:
+    return InputMoment((MomentPart(range(len(linear_weight(module))), moment),))
+
+
+def _with_heads(plain: InputMoment, heads: tuple[range, ...], moments: list[Tensor]) -> InputMoment:
+    """The rows of each head with its own moment, and the rows between them with the plain one."""
+    (whole,) = plain.parts
+    parts: list[MomentPart] = []
+    done = 0
+    for rows, moment in zip(heads, moments, strict=True):
+        if rows.start > done:
+            parts.append(MomentPart(range(done, rows.start), whole.moment))
+        parts.append(MomentPart(rows, moment))
+        done = rows.stop
+    if done < len(whole.rows):
+        parts.append(MomentPart(range(done, len(whole.rows)), whole.moment))
+    return InputMoment(tuple(parts))

@@ -30,7 +30,7 @@ class BlockCall:
             output = block(hidden, *self.args, **self.kwargs)
         else:
             output = block(*self.args, **{self.hidden_keyword: hidden}, **self.kwargs)
-        return _hidden_of(output)
+        return hidden_of(output)
 
 
 class _FirstBlockReached(Exception):  # noqa: N818 - a signal, not an error
@@ -65,9 +65,14 @@ class Walk:
                 self.hidden[window] = output
 
 
-def _hidden_of(output: Any) -> Tensor:
+def hidden_of(output: Any) -> Tensor:
     """A block's hidden states, whether it returns them alone or first of a tuple."""
     return output[0] if isinstance(output, tuple) else output
+
+
+def block_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The hidden states that a block is called with."""
+    return _split_call(args, kwargs)[0]
 
 
 def _split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, BlockCall]:
@@ -91,7 +96,7 @@ def _record_first_window(
         states.append(hidden.clone())
 
     def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        states.append(_hidden_of(output).clone())
+        states.append(hidden_of(output).clone())
 
     with ExitStack() as hooks:
         for block in blocks:

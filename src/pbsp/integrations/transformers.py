@@ -15,8 +15,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from pbsp.errors import ConfigError, FormatError
 from pbsp.integrations.keys import ModelKeys
 from pbsp.packed_linear import PackedLinear
-from pbsp.storage.bits import OFFSETS
 from pbsp.storage.checkpoint import FORMAT_VERSION, LayerEntry, check_layer, packed_digest, read_headers
+from pbsp.storage.layouts import MARKERS
 
 METHOD = "pbsp"
 
@@ -114,7 +114,8 @@ class PbspHfQuantizer(HfQuantizer):
         keys = ModelKeys(model, self)
         stored = keys.by_model_key(tensors)
         for key in stored:
-            if key.endswith(f".{OFFSETS}") and key.removesuffix(f".{OFFSETS}") not in layers:
+            layer, _, suffix = key.rpartition(".")
+            if suffix in MARKERS and layer not in layers:
                 raise FormatError(
                     f"tensor {key} belongs to a packed layer that quantization_config does not list"
                 )
@@ -208,14 +209,7 @@ def dense_module(module: PackedLinear, dtype: torch.dtype) -> nn.Module:
 
 
 def _entry(module: PackedLinear) -> LayerEntry:
-    return LayerEntry(
-        patterns=module.patterns,
-        in_features=module.in_features,
-        out_features=module.out_features,
-        scale_block=module.scale_block,
-        bias=module.bias is not None,
-        sha256=packed_digest(module.packed),
-    )
+    return LayerEntry(module.form, module.bias is not None, packed_digest(module.packed))
 
 
 def _check_place(model: PreTrainedModel, name: str, entry: LayerEntry) -> None:
@@ -225,19 +219,14 @@ def _check_place(model: PreTrainedModel, name: str, entry: LayerEntry) -> None:
         raise FormatError(f"layer {name}: {type(model).__name__} has no linear of that name")
     out_features, in_features = module.weight.T.shape if isinstance(module, Conv1D) else module.weight.shape
     found = (out_features, in_features, module.bias is not None)
-    if found != (entry.out_features, entry.in_features, entry.bias):
+    expected = (entry.form.out_features, entry.form.in_features, entry.bias)
+    if found != expected:
         raise FormatError(
             f"layer {name}: (out_features, in_features, bias) are {found} in {type(model).__name__} and "
-            f"{(entry.out_features, entry.in_features, entry.bias)} in quantization_config"
+            f"{expected} in quantization_config"
         )
 
 
 def _empty_linear(replaced: nn.Module, entry: LayerEntry) -> PackedLinear:
-    return PackedLinear(
-        entry.in_features,
-        entry.out_features,
-        entry.patterns,
-        scale_block=entry.scale_block,
-        bias_dtype=replaced.bias.dtype if isinstance(replaced.bias, torch.Tensor) else None,
-        device="meta",
-    )
+    bias_dtype = replaced.bias.dtype if isinstance(replaced.bias, torch.Tensor) else None
+    return PackedLinear(entry.form, bias_dtype=bias_dtype, device="meta")

@@ -71,10 +71,11 @@ def load_model(
         ConfigError: the device or dtype is unknown or not there.
     """
     chosen = _device(device)
+    chosen_dtype = _dtype(dtype, chosen)
     start = time.perf_counter()
     folder, source_bytes = _folder_of(source)
     converted = time.perf_counter()
-    model = _load_folder(source, folder, device=chosen, dtype=_dtype(dtype, chosen))
+    model = _load_folder(source, folder, device=chosen, dtype=chosen_dtype)
     tokenizer = _load_tokenizer(source, folder)
     seconds = {"convert": converted - start, "load": time.perf_counter() - converted}
     return LoadedModel(model, tokenizer, source, half_dtype(folder), source_bytes, seconds)
@@ -160,6 +161,8 @@ def _device(requested: str | torch.device) -> torch.device:
         device = torch.device(requested)
     except RuntimeError:
         raise ConfigError(f"device {requested!r} is unknown; choose auto, cpu or cuda") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device {requested} is not supported; choose auto, cpu or cuda")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device {requested} is not available: this torch sees no GPU; choose cpu")
     return device

@@ -31,7 +31,9 @@ def storage_dtype(model: PreTrainedModel, requested: str) -> torch.dtype:
     if requested == "auto" and model.dtype in (torch.float16, torch.bfloat16):
         return model.dtype
     largest = max(
-        float(parameter.abs().max()) for parameter in model.parameters() if parameter.is_floating_point()
+        float(parameter.detach().abs().max())
+        for parameter in model.parameters()
+        if parameter.is_floating_point()
     )
     if largest <= torch.finfo(torch.float16).max:
         return torch.float16

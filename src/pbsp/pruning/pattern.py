@@ -67,7 +67,7 @@ class Pattern:
     @staticmethod
     def parse(text: str) -> "Pattern":
         """The pattern written as "N:M"; PatternError if the text is anything else."""
-        match = re.fullmatch(r"\s*(\d+):(\d+)\s*", text)
+        match = re.fullmatch(r"\s*([0-9]{1,4}):([0-9]{1,4})\s*", text)
         if match is None:
             raise PatternError(f"{text!r} is not a pattern; write N:M, N weights kept of every M, as in 4:8")
         return Pattern(int(match[1]), int(match[2]))

@@ -1,4 +1,4 @@
-"""Names, shapes and bits of what is stored: one source for checks, exact prediction and reports."""
+"""Bits of what is stored: one counter for tensors that exist and for those that a layout calls for."""
 
 import math
 from collections.abc import Iterable
@@ -7,20 +7,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pbsp.binarization.planes import block_count
-from pbsp.pruning.pattern import Pattern
-from pbsp.storage.packing import row_bytes
-
 CODES = "weight"
-SCALES = "weight_scale"
-OFFSETS = "weight_scale_offset"
+"""The packed tensor that has the name of a linear's weight; the others' names begin with it."""
 
 
 class TensorSpec(NamedTuple):
-    """Shape and dtype of a stored tensor."""
+    """Shape and dtype of a stored tensor, and what it holds, in words."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+    kind: str
 
     @property
     def bits(self) -> int:
@@ -28,37 +24,11 @@ class TensorSpec(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize * 8
 
 
-def packed_shapes(
-    patterns: tuple[Pattern, ...], out_features: int, in_features: int, scale_block: int
-) -> dict[str, TensorSpec]:
-    """The stored tensors of a packed linear, by the last part of their names; the bias is not among them.
-
-    Raises:
-        PatternError: a pattern does not tile the rows.
-    """
-    for pattern in patterns:
-        pattern.check(in_features)
-    code_bytes = sum(row_bytes(pattern, in_features) for pattern in patterns)
-    scales = len(patterns) * block_count(in_features, scale_block)
-    return {
-        CODES: TensorSpec((out_features, code_bytes), torch.uint8),
-        SCALES: TensorSpec((out_features, scales), torch.uint8),
-        OFFSETS: TensorSpec((len(patterns),), torch.int8),
-    }
-
-
-def predicted_bits(
-    patterns: tuple[Pattern, ...], out_features: int, in_features: int, scale_block: int
-) -> int:
-    """What `stored_bits` will count for such a linear, before it exists."""
-    return sum(spec.bits for spec in packed_shapes(patterns, out_features, in_features, scale_block).values())
+def predicted_bits(specs: Iterable[TensorSpec]) -> int:
+    """What `stored_bits` will count for tensors of these specs, before they exist."""
+    return sum(spec.bits for spec in specs)
 
 
 def stored_bits(tensors: Iterable[Tensor]) -> int:
     """Bits that the data of `tensors` takes in a file, counted from their bytes."""
     return sum(tensor.nbytes * 8 for tensor in tensors)
-
-
-def nominal_bits(patterns: tuple[Pattern, ...]) -> float:
-    """Bits per weight as the papers count them, one per kept weight: ΣN/M; 0.75 for 4:8+2:8."""
-    return sum(pattern.nominal_bits for pattern in patterns)

@@ -11,12 +11,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from pbsp.errors import FormatError, PatternError
-from pbsp.pruning.pattern import Pattern, format_patterns, parse_patterns
-from pbsp.storage.bits import CODES, OFFSETS, SCALES, TensorSpec, packed_shapes
-from pbsp.storage.packing import PackedPlanes, check_packed
+from pbsp.pruning.pattern import format_patterns, parse_patterns
+from pbsp.storage.layouts import FORMS, Form, Packed
 
 FORMAT_VERSION = 1
-_DTYPE_NAMES = {torch.uint8: "U8", torch.int8: "I8"}
+_DTYPE_NAMES = {torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16"}
 _FLOAT_NAMES = ("F16", "BF16", "F32", "F64")
 
 
@@ -24,44 +23,47 @@ _FLOAT_NAMES = ("F16", "BF16", "F32", "F64")
 class LayerEntry:
     """What config.json says about one packed linear; `sha256` is `packed_digest` of its tensors."""
 
-    patterns: tuple[Pattern, ...]
-    in_features: int
-    out_features: int
-    scale_block: int
+    form: Form
     bias: bool
     sha256: str
 
+    @property
+    def layout(self) -> str:
+        """The layout's name."""
+        return self.form.layout
+
     def to_dict(self) -> dict[str, Any]:
         """The entry as JSON."""
-        return {field.name: getattr(self, field.name) for field in fields(self)} | {
-            "patterns": format_patterns(self.patterns)
-        }
+        sizes = {field.name: getattr(self.form, field.name) for field in fields(self.form)}
+        entry = {"layout": self.layout, **sizes, "patterns": format_patterns(self.form.patterns)}
+        return entry | {"bias": self.bias, "sha256": self.sha256}
 
     @staticmethod
     def from_dict(name: str, entry: Any) -> "LayerEntry":
         """The entry of layer `name` as JSON has it; FormatError unless it is whole and consistent."""
-        types = {"patterns": str, "in_features": int, "out_features": int}
-        types |= {"scale_block": int, "bias": bool, "sha256": str}
-        if not isinstance(entry, Mapping) or set(entry) != set(types):
+        if not isinstance(entry, Mapping):
+            raise FormatError(f"layer {name}: its entry is {entry!r}, not an object")
+        layout = entry.get("layout")
+        if not isinstance(layout, str) or layout not in FORMS:
+            raise FormatError(f"layer {name}: layout is {layout!r}; this pbsp knows {' and '.join(FORMS)}")
+        form = FORMS[layout]
+        sizes = [field.name for field in fields(form) if field.name != "patterns"]
+        types = {"layout": str, "patterns": str, **dict.fromkeys(sizes, int), "bias": bool, "sha256": str}
+        if set(entry) != set(types):
             raise FormatError(f"layer {name}: its entry must have exactly the keys {', '.join(types)}")
         for key, expected in types.items():
             if type(entry[key]) is not expected:
                 raise FormatError(f"layer {name}: {key} is {entry[key]!r}, not {expected.__name__}")
-        for key in ("in_features", "out_features", "scale_block"):
+        for key in sizes:
             if entry[key] < 1:
                 raise FormatError(f"layer {name}: {key} is {entry[key]}; it must be positive")
         if re.fullmatch("[0-9a-f]{64}", entry["sha256"]) is None:
             raise FormatError(f"layer {name}: sha256 is {entry['sha256']!r}, not 64 hexadecimal digits")
         try:
-            patterns = parse_patterns(entry["patterns"])
-            packed_shapes(patterns, entry["out_features"], entry["in_features"], entry["scale_block"])
-        except PatternError as error:
+            checked = form(patterns=parse_patterns(entry["patterns"]), **{key: entry[key] for key in sizes})
+        except (PatternError, FormatError) as error:
             raise FormatError(f"layer {name}: {error}") from error
-        return LayerEntry(**{**entry, "patterns": patterns})
-
-    def shapes(self) -> dict[str, TensorSpec]:
-        """The layer's packed tensors, by the last part of their names."""
-        return packed_shapes(self.patterns, self.out_features, self.in_features, self.scale_block)
+        return LayerEntry(checked, entry["bias"], entry["sha256"])
 
 
 class StoredTensor(NamedTuple):
@@ -73,14 +75,13 @@ class StoredTensor(NamedTuple):
     dtype: str
 
 
-def packed_digest(packed: PackedPlanes) -> str:
-    """SHA-256 over a line of the layer's patterns and sizes, then its codes, scales and offsets.
+def packed_digest(packed: Packed) -> str:
+    """SHA-256 over a line of the layer's layout, patterns and sizes, then the bytes of its packed tensors.
 
     The line is part of it because patterns share code widths: 4:8 read as 5:8 would decode to noise.
     """
-    sizes = f"{len(packed.codes)}x{packed.in_features}/{packed.scale_block}"
-    digest = hashlib.sha256(f"{format_patterns(packed.patterns)} {sizes}\n".encode())
-    for tensor in (packed.codes, packed.scales, packed.offsets):
+    digest = hashlib.sha256(f"{packed.form}\n".encode())
+    for tensor in packed.tensors().values():
         digest.update(tensor.detach().cpu().contiguous().numpy().data)
     return digest.hexdigest()
 
@@ -111,16 +112,8 @@ def check_layer(name: str, entry: LayerEntry, stored: Mapping[str, StoredTensor]
     Raises:
         FormatError: anything of the layer is missing, differs or has no meaning; it names the layer.
     """
-    for suffix, spec in entry.shapes().items():
-        _check_header(f"{name}.{suffix}", stored, spec.shape, (_DTYPE_NAMES[spec.dtype],))
-    if entry.bias:
-        _check_header(f"{name}.bias", stored, (entry.out_features,), _FLOAT_NAMES)
-    packed = PackedPlanes(
-        entry.patterns,
-        entry.in_features,
-        entry.scale_block,
-        *(_read(stored[f"{name}.{suffix}"]) for suffix in (CODES, SCALES, OFFSETS)),
-    )
+    check_layer_headers(name, entry, stored)
+    packed = entry.form.packed({suffix: _read(stored[f"{name}.{suffix}"]) for suffix in entry.form.specs()})
     digest = packed_digest(packed)
     if digest != entry.sha256:
         raise FormatError(
@@ -128,9 +121,22 @@ def check_layer(name: str, entry: LayerEntry, stored: Mapping[str, StoredTensor]
             "the file was damaged or changed; download or compress the model again"
         )
     try:
-        check_packed(packed)
+        packed.check()
     except FormatError as error:
         raise FormatError(f"layer {name}: {error}") from error
+
+
+def check_layer_headers(name: str, entry: LayerEntry, stored: Mapping[str, StoredTensor]) -> None:
+    """The first part of `check_layer`, which reads no tensor: names, shapes and dtypes."""
+    for suffix, spec in entry.form.specs().items():
+        _check_header(f"{name}.{suffix}", stored, spec.shape, (_DTYPE_NAMES[spec.dtype],))
+    if entry.bias:
+        _check_header(f"{name}.bias", stored, (entry.form.out_features,), _FLOAT_NAMES)
+
+
+def read_nominal_bits(name: str, entry: LayerEntry, stored: Mapping[str, StoredTensor]) -> float:
+    """Bits per weight of a layer as the papers count them; reads a tensor only where they depend on it."""
+    return entry.form.nominal_bits(lambda suffix: _read(stored[f"{name}.{suffix}"]))
 
 
 def _check_header(

@@ -17,6 +17,8 @@ def check_output(folder: Path, *, overwrite: bool) -> None:
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise OutputError(f"{folder} exists and is not empty; choose another folder or pass --overwrite")
     parent = next(path for path in folder.absolute().parents if path.exists())
+    if not parent.is_dir():
+        raise OutputError(f"{parent} is a file, so {folder} cannot be created")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise OutputError(f"{parent} is not writable, so {folder} cannot be created")
 

@@ -1,0 +1,59 @@
+import torch
+
+from oracles import salient_count_by_trying
+from pbsp.binarization.partition import salient_columns, trisect
+
+
+def problem(rows=6, columns=16, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, columns, generator=generator)
+    weight[:, [2, 9]] *= 6
+    keep = torch.rand(rows, columns, generator=generator) < 0.7
+    return weight, keep
+
+
+def test_salient_count_has_the_least_error_of_all_counts():
+    weight, keep = problem()
+    saliency = weight.square()
+    order = (saliency * keep).sum(0).argsort(descending=True)
+    losses = salient_count_by_trying(weight, keep, order, 8)
+    best = min(range(9), key=losses.__getitem__)
+    salient = salient_columns(weight, keep, saliency)
+    assert salient.nonzero()[:, 0].tolist() == sorted(order[:best].tolist())
+    assert {2, 9} <= set(salient.nonzero()[:, 0].tolist())
+
+
+def test_at_most_half_the_columns_and_at_most_fifty_are_salient():
+    generator = torch.Generator().manual_seed(1)
+    for columns in (4, 16, 128, 256):
+        weight = torch.randn(3, columns, generator=generator) ** 3
+        salient = salient_columns(weight, torch.ones_like(weight, dtype=torch.bool), weight.square())
+        assert int(salient.sum()) <= min(50, columns // 2)
+
+
+def test_magnitude_groups_are_split_at_p_and_twice_p():
+    weight, keep = problem(rows=40, columns=64)
+    groups = trisect(weight, keep)
+    size = weight.abs()
+    edges = [size[groups == group] for group in range(3)]
+    assert edges[0].max() <= edges[1].min()
+    assert edges[1].max() <= edges[2].min()
+    split = float(edges[1].min())
+    largest = float((size * keep).max())
+    assert float(edges[2].min()) >= 2 * split - 2 * largest / 64
+
+
+def test_three_clusters_of_magnitudes_are_told_apart():
+    generator = torch.Generator().manual_seed(0)
+    group = torch.randint(0, 3, (20, 32), generator=generator)
+    weight = torch.tensor([0.1, 0.4, 1.0])[group] * (
+        torch.randint(0, 2, (20, 32), generator=generator) * 2 - 1
+    )
+    assert torch.equal(trisect(weight, torch.ones(20, 32, dtype=torch.bool)).long(), group)
+
+
+def test_a_block_of_zeros_has_one_group():
+    zeros = torch.zeros(2, 8)
+    keep = torch.ones(2, 8, dtype=torch.bool)
+    assert (trisect(zeros, keep) == 0).all()
+    assert not salient_columns(zeros, keep, zeros).any()

@@ -1,0 +1,103 @@
+import pytest
+
+from pbsp.allocation import coarse_allocation, coarse_kept, paper_plan, uniform_plan
+from pbsp.errors import ConfigError, PatternError
+from pbsp.models.blocks import decoder_blocks
+from pbsp.pruning.pattern import Pattern
+from tiny import tiny_model
+
+
+def falling(count):
+    """Importances of `count` blocks, the first the most important."""
+    return [1 - index / count for index in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("count", "expected"),
+    [
+        (1, [4]),
+        (2, [5, 3]),
+        (3, [5, 4, 3]),
+        (5, [5, 5, 4, 3, 3]),  # 5, 4½, 4, 3½, 3: rounded up twice, the fourth lowered again
+        (17, [5] * 5 + [4] * 7 + [3] * 5),
+        (32, [5] * 8 + [4] * 16 + [3] * 8),
+    ],
+)
+def test_kept_falls_with_the_rank_as_computed_by_hand(count, expected):
+    assert coarse_kept(falling(count), 4, 8) == expected
+
+
+@pytest.mark.parametrize("spread", [0, 1, 2, 3])
+@pytest.mark.parametrize("count", range(1, 50))
+def test_average_is_exact_and_n_never_rises_with_the_rank(count, spread):
+    kept = coarse_kept(falling(count), 4, 8, spread)
+    assert sum(kept) == 4 * count
+    assert kept == sorted(kept, reverse=True)
+    assert set(kept) <= set(range(4 - spread, 4 + spread + 1))
+
+
+def test_blocks_are_ranked_by_importance_wherever_they_stand():
+    coarse = coarse_allocation([0.1, 0.9, 0.3, 1.4], 4, 8)
+    assert coarse.ranks == (4, 2, 3, 1)
+    assert coarse.kept == (3, 4, 4, 5)
+    assert coarse.cosines == pytest.approx((0.9, 0.1, 0.7, -0.4))
+
+
+def test_the_earlier_of_two_equally_important_blocks_ranks_higher():
+    assert coarse_allocation([0.5] * 5, 4, 8).ranks == (1, 2, 3, 4, 5)
+    assert coarse_allocation([0.2, 0.5, 0.5], 4, 8).ranks == (3, 1, 2)
+
+
+def test_a_block_that_turns_its_input_around_is_the_most_important():
+    cosines = [0.2, -0.3, 0.9, 0.0]
+    assert coarse_allocation([1 - cosine for cosine in cosines], 4, 8).ranks == (3, 1, 4, 2)
+
+
+@pytest.mark.parametrize(("kept", "group"), [(1, 4), (4, 4)])
+def test_no_spread_where_n_is_at_its_limit(kept, group):
+    assert coarse_kept(falling(6), kept, group) == [kept] * 6
+
+
+@pytest.mark.parametrize("spread", [-1, 3])
+def test_a_spread_out_of_range_is_refused(spread):
+    with pytest.raises(ConfigError, match="at most 2"):
+        coarse_kept(falling(6), 3, 8, spread)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ([100, 1, 1, 1], [4, 3, 3, 3]),  # a large important block cannot be paid for by small ones
+        ([1, 1, 1, 100], [5, 4, 4, 3]),
+        ([2, 1, 1, 1], [5, 4, 3, 3]),
+    ],
+)
+def test_average_weighted_by_size_is_not_above_n(sizes, expected):
+    kept = coarse_kept(falling(4), 4, 8, sizes=sizes)
+    assert sum(n * size for n, size in zip(kept, sizes, strict=True)) <= 4 * sum(sizes)
+    assert kept == expected
+
+
+def test_paper_plan_gives_all_linears_of_a_block_its_pattern():
+    blocks = decoder_blocks(tiny_model())
+    plan, coarse = paper_plan(blocks, Pattern(4, 8), [0.1, 0.2], strict=True)
+    assert coarse.kept == (3, 5)
+    for block, kept in zip(blocks, coarse.kept, strict=True):
+        assert {plan.patterns[name] for name in block.linears()} == {(Pattern(kept, 8),)}
+    assert list(plan.patterns) == list(uniform_plan(blocks, (Pattern(4, 8),), strict=True).patterns)
+
+
+def test_a_weight_in_two_blocks_keeps_the_pattern_of_its_first():
+    model = tiny_model()
+    first, second = (model.model.layers[index].mlp for index in (0, 1))
+    second.up_proj.weight = first.up_proj.weight
+    plan, _ = paper_plan(decoder_blocks(model), Pattern(4, 8), [0.9, 0.2], strict=True)
+    assert plan.same_as == {"model.layers.1.mlp.up_proj": "model.layers.0.mlp.up_proj"}
+    # the second block is smaller by the shared weight, so its 3:8 no longer pays for the first's 5:8
+    assert plan.patterns["model.layers.1.mlp.up_proj"] == plan.patterns["model.layers.0.mlp.up_proj"]
+    assert plan.patterns["model.layers.0.mlp.up_proj"] == (Pattern(4, 8),)
+
+
+def test_paper_plan_refuses_what_no_layer_can_take():
+    with pytest.raises(PatternError, match="no layer can take 3:7"):
+        paper_plan(decoder_blocks(tiny_model()), Pattern(3, 7), [0.9, 0.2], strict=False)
