@@ -12,10 +12,10 @@ demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py
 
 test: $(INSTALLED) lint
-	$(BIN)/pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
 test-all: $(INSTALLED) lint
-	$(BIN)/pytest -m "slow or not slow"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "slow or not slow"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
