@@ -8,12 +8,13 @@ import argparse
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from pbsp.calibration.moments import collect_moments
-from pbsp.methods.planes import PlaneFit
+from pbsp.config import Config
 from pbsp.models.blocks import linear_weight
 from pbsp.models.load import load_model
 from pbsp.packed_linear import PackedLinear
@@ -39,36 +40,48 @@ def original_moments(model: PreTrainedModel, tokens: torch.Tensor) -> dict[str, 
     return collect_moments(linears, run)
 
 
+def config_of(pattern: str, settings: list[str]) -> Config:
+    """The defaults with NAME=VALUE settings over them; values are written as in TOML, strings bare."""
+    values: dict[str, Any] = {"pattern": pattern}
+    for setting in settings:
+        name, _, value = setting.partition("=")
+        try:
+            values[name] = json.loads(value)
+        except ValueError:
+            values[name] = value
+    return Config.from_dict(values)
+
+
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("text", type=Path, help="calibration text, read as it is")
     parser.add_argument("--patterns", nargs="+", default=PATTERNS.split())
-    parser.add_argument("--sweeps", type=int, default=3)
-    parser.add_argument("--scale-block", type=int, default=128)
+    parser.add_argument(
+        "--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings, see pbsp.Config"
+    )
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     loaded = load_model("smollm2-135m", dtype=torch.float32, device="cpu")
     ids = loaded.tokenizer(options.text.read_text(encoding="utf-8"), verbose=False).input_ids
     moments = original_moments(loaded.model, torch.tensor(ids[: 16 * 1024]).view(16, 1024))
     for text in options.patterns:
-        method = PlaneFit(parse_patterns(text), options.scale_block, sweeps=options.sweeps)
+        method = config_of(text, options.set).method(parse_patterns(text))
         reports, seconds = [], 0.0
         for name in LAYERS:
             weight = linear_weight(loaded.model.get_submodule(name))
             start = time.perf_counter()
-            planes = method.compress(weight, moments[name])
+            result = method.compress(weight, moments[name])
             seconds += time.perf_counter() - start
-            error = output_error(weight, planes.dense(), moments[name])
-            reports.append(LayerReport.of(name, PackedLinear.of(planes), error))
+            error = output_error(weight, result.dense(), moments[name])
+            reports.append(LayerReport.of(name, PackedLinear.of(result), error))
         weights = sum(report.weights for report in reports)
         row = {
             "pattern": text,
             "stored_bits": round(sum(r.stored_bits * r.weights for r in reports) / weights, 4),
             "error": round(sum(report.output_error for report in reports) / len(reports), 5),
             "seconds": round(seconds, 2),
-            "scale_block": options.scale_block,
-            "sweeps": options.sweeps,
+            "settings": " ".join(options.set),
             "threads": torch.get_num_threads(),
         }
         print(json.dumps(row) if options.json else "  ".join(f"{k} {v}" for k, v in row.items()), flush=True)

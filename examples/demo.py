@@ -19,7 +19,7 @@ from pbsp.tables import bytes_table, summary_table
 
 MODEL = "smollm2-135m"
 POINTS = {"under 3 bits": "3:8+3:8+1:8", "under 1 bit": "2:8"}
-PROMPTS = ["What is the capital of France?", "Write one sentence about the sea."]
+PROMPTS = ["What is the capital of France?"]
 OUTPUT = Path("out")
 
 

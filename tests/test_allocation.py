@@ -1,6 +1,6 @@
 import pytest
 
-from pbsp.allocation import coarse_allocation, coarse_kept, paper_plan, uniform_plan
+from pbsp.allocation import coarse_allocation, paper_plan, uniform_plan
 from pbsp.errors import ConfigError, PatternError
 from pbsp.models.blocks import decoder_blocks
 from pbsp.pruning.pattern import Pattern
@@ -24,13 +24,13 @@ def falling(count):
     ],
 )
 def test_kept_falls_with_the_rank_as_computed_by_hand(count, expected):
-    assert coarse_kept(falling(count), 4, 8) == expected
+    assert list(coarse_allocation(falling(count), 4, 8).kept) == expected
 
 
 @pytest.mark.parametrize("spread", [0, 1, 2, 3])
 @pytest.mark.parametrize("count", range(1, 50))
 def test_average_is_exact_and_n_never_rises_with_the_rank(count, spread):
-    kept = coarse_kept(falling(count), 4, 8, spread)
+    kept = list(coarse_allocation(falling(count), 4, 8, spread=spread).kept)
     assert sum(kept) == 4 * count
     assert kept == sorted(kept, reverse=True)
     assert set(kept) <= set(range(4 - spread, 4 + spread + 1))
@@ -55,13 +55,13 @@ def test_a_block_that_turns_its_input_around_is_the_most_important():
 
 @pytest.mark.parametrize(("kept", "group"), [(1, 4), (4, 4)])
 def test_no_spread_where_n_is_at_its_limit(kept, group):
-    assert coarse_kept(falling(6), kept, group) == [kept] * 6
+    assert list(coarse_allocation(falling(6), kept, group).kept) == [kept] * 6
 
 
 @pytest.mark.parametrize("spread", [-1, 3])
 def test_a_spread_out_of_range_is_refused(spread):
     with pytest.raises(ConfigError, match="at most 2"):
-        coarse_kept(falling(6), 3, 8, spread)
+        coarse_allocation(falling(6), 3, 8, spread=spread)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_a_spread_out_of_range_is_refused(spread):
     ],
 )
 def test_average_weighted_by_size_is_not_above_n(sizes, expected):
-    kept = coarse_kept(falling(4), 4, 8, sizes=sizes)
+    kept = list(coarse_allocation(falling(4), 4, 8, sizes=sizes).kept)
     assert sum(n * size for n, size in zip(kept, sizes, strict=True)) <= 4 * sum(sizes)
     assert kept == expected
 

@@ -126,17 +126,6 @@ def coarse_allocation(
     return CoarseAllocation(tuple(importances), tuple(ranks), tuple(chosen))
 
 
-def coarse_kept(
-    importances: Sequence[float],
-    kept: int,
-    group: int,
-    spread: int | None = None,
-    sizes: Sequence[int] | None = None,
-) -> list[int]:
-    """The N of every block; see `coarse_allocation`."""
-    return list(coarse_allocation(importances, kept, group, spread=spread, sizes=sizes).kept)
-
-
 def _balanced_line(kept: int, spread: int, sizes: list[int]) -> list[int]:
     """N by rank, in integers, so that half-way values are exact: 2·steps times the line is whole."""
     steps = len(sizes) - 1

@@ -62,13 +62,14 @@ def _model_card(report: CompressionReport) -> str:
     """The README.md of the folder, for whoever finds it."""
     calibration = report.calibration
     patterns = sorted({layer.pattern for layer in report.layers})
+    layouts = ", ".join(sorted({layer.layout for layer in report.layers}))
     return f"""---
 library_name: transformers
 tags: [pbsp, quantization, binarization, pruning]
 ---
 # A model compressed by pbsp
 
-The linear layers of `{report.source}` stored as N:M binary planes ({", ".join(patterns)}):
+The linear layers of `{report.source}`, binarized at N:M ({", ".join(patterns)}; layout {layouts}):
 {report.stored_bits:.3f} bits per weight in the file, scales and padding included
 ({report.nominal_bits:.3f} as papers count, kept weights alone).
 {len(report.layers)} linear layers are compressed, {len(report.left_uncompressed)} are left as they were.

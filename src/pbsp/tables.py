@@ -42,14 +42,15 @@ def bytes_table(found: Inspection) -> Table:
 
 def layer_table(layers: Iterable[LayerReport]) -> Table:
     """One row per compressed linear layer."""
-    table = Table("layer", "pattern", "shape", "stored bits", "output error")
-    for column in table.columns[:2]:
+    table = Table("layer", "layout", "pattern", "shape", "stored bits", "output error")
+    for column in table.columns[:3]:
         column.overflow = "fold"  # names differ at their ends
-    for column in table.columns[2:]:
+    for column in table.columns[3:]:
         column.justify = "right"
     for layer in layers:
         table.add_row(
             layer.name,
+            layer.layout,
             layer.pattern,
             f"{layer.out_features}×{layer.in_features}",
             f"{layer.stored_bits:.4f}",

@@ -4,7 +4,7 @@ import torch
 from pbsp.errors import FormatError, PatternError
 from pbsp.packed_linear import PackedLinear
 from pbsp.pruning.pattern import parse_patterns
-from pbsp.storage.bits import predicted_bits, stored_bits
+from pbsp.storage.bits import stored_bits
 from pbsp.storage.grouped import GroupedForm
 from pbsp.storage.planes import PlanesForm
 from random_grouped import random_grouped
@@ -12,7 +12,9 @@ from random_planes import random_planes
 
 
 def planes_bits(text, rows, columns, scale_block):
-    return predicted_bits(PlanesForm(parse_patterns(text), columns, rows, scale_block).specs().values())
+    return sum(
+        spec.bits for spec in PlanesForm(parse_patterns(text), columns, rows, scale_block).specs().values()
+    )
 
 
 def grouped_form(text, rows, columns, parts=1):
@@ -37,7 +39,7 @@ def assert_prediction(linear):
     assert {name: (tuple(t.shape), t.dtype) for name, t in state.items()} == {
         name: (spec.shape, spec.dtype) for name, spec in specs.items()
     }
-    assert predicted_bits(specs.values()) == stored_bits(state.values())
+    assert sum(spec.bits for spec in specs.values()) == stored_bits(state.values())
 
 
 @pytest.mark.parametrize(
@@ -55,7 +57,7 @@ def test_layout_paper_costs_what_the_arithmetic_says(text, at_1536, at_576):
         specs = grouped_form(text, 1024, columns, parts=2).specs()
         bitmaps = specs.pop("weight_salient").bits
         assert bitmaps == 2 * columns
-        assert predicted_bits(specs.values()) == bits_per_weight * 1024 * columns
+        assert sum(spec.bits for spec in specs.values()) == bits_per_weight * 1024 * columns
 
 
 def test_nominal_bits_of_layout_paper_count_salient_columns_twice():

@@ -24,11 +24,6 @@ class TensorSpec(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize * 8
 
 
-def predicted_bits(specs: Iterable[TensorSpec]) -> int:
-    """What `stored_bits` will count for tensors of these specs, before they exist."""
-    return sum(spec.bits for spec in specs)
-
-
 def stored_bits(tensors: Iterable[Tensor]) -> int:
     """Bits that the data of `tensors` takes in a file, counted from their bytes."""
     return sum(tensor.nbytes * 8 for tensor in tensors)
