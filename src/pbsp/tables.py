@@ -42,16 +42,15 @@ def bytes_table(found: Inspection) -> Table:
 
 def layer_table(layers: Iterable[LayerReport]) -> Table:
     """One row per compressed linear layer."""
-    table = Table("layer", "layout", "pattern", "shape", "stored bits", "output error")
-    for column in table.columns[:3]:
+    table = Table("layer", "pattern", "shape", "stored bits", "output error")
+    for column in table.columns[:2]:
         column.overflow = "fold"  # names differ at their ends
-    for column in table.columns[3:]:
+    for column in table.columns[2:]:
         column.justify = "right"
     for layer in layers:
         table.add_row(
             layer.name,
-            layer.layout,
-            layer.pattern,
+            layer.pattern if layer.layout == "planes" else f"{layer.pattern} {layer.layout}",
             f"{layer.out_features}×{layer.in_features}",
             f"{layer.stored_bits:.4f}",
             _error(layer.output_error),
