@@ -220,7 +220,8 @@ def test_evaluate_says_when_the_model_was_calibrated_on_the_text(capsys, tmp_pat
     assert "calibrated on this very text" in succeeds(capsys, *arguments)
 
 
-def test_inspect_prints_layers_and_bytes(capsys, compressed):
+def test_inspect_prints_layers_and_bytes(capsys, compressed, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)  # parallel test runners set it for their workers
     output = succeeds(capsys, "inspect", compressed)
     assert "model.layers.1.mlp.down_proj" in output
     assert "plane codes" in output
