@@ -1,4 +1,4 @@
-"""Mean relative output error of 12 linears of SmolLM2-135M, for a list of patterns.
+"""Mean relative output error of 12 linears of SmolLM2-135M, for a list of methods.
 
 Blocks 3, 12 and 24, linears q, o, gate and down; plain moments of the original on the first 16×1024
 tokens of a text. This is the number that solvers are compared by; it takes seconds a pattern.
@@ -8,7 +8,6 @@ import argparse
 import json
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -17,17 +16,17 @@ from pbsp.calibration.moments import collect_moments
 from pbsp.config import Config
 from pbsp.models.blocks import linear_weight
 from pbsp.models.load import load_model
-from pbsp.packed_linear import PackedLinear
-from pbsp.pruning.pattern import parse_patterns
-from pbsp.report import LayerReport
 from pbsp.solver.hessian import output_error
+from pbsp.storage.counting import count_bits
 
 LAYERS = [
     f"model.layers.{block}.{linear}"
     for block in (3, 12, 24)
     for linear in ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
 ]
-PATTERNS = "2:16 1:4 2:8 4:16 8:8 3:8 4:8 5:8 2:8+2:8 4:8+2:8 4:8+4:8 3:8+3:8+1:8"
+PLANES = "2:16 1:4 2:8 4:16 8:8 3:8 4:8 5:8 2:8+2:8 4:8+2:8 4:8+4:8 3:8+3:8+1:8"
+METHODS = [f"planes {pattern}" for pattern in PLANES.split()]
+METHODS += [f"pbsp {pattern}" for pattern in ("4:8", "5:8", "6:8", "8:8")]
 
 
 def original_moments(model: PreTrainedModel, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -40,48 +39,32 @@ def original_moments(model: PreTrainedModel, tokens: torch.Tensor) -> dict[str, 
     return collect_moments(linears, run)
 
 
-def config_of(pattern: str, settings: list[str]) -> Config:
-    """The defaults with NAME=VALUE settings over them; values are written as in TOML, strings bare."""
-    values: dict[str, Any] = {"pattern": pattern}
-    for setting in settings:
-        name, _, value = setting.partition("=")
-        try:
-            values[name] = json.loads(value)
-        except ValueError:
-            values[name] = value
-    return Config.from_dict(values)
-
-
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("text", type=Path, help="calibration text, read as it is")
-    parser.add_argument("--patterns", nargs="+", default=PATTERNS.split())
-    parser.add_argument(
-        "--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings, see pbsp.Config"
-    )
+    parser.add_argument("--methods", nargs="+", default=METHODS, help='as "pbsp 6:8 updates=10"')
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     loaded = load_model("smollm2-135m", dtype=torch.float32, device="cpu")
     ids = loaded.tokenizer(options.text.read_text(encoding="utf-8"), verbose=False).input_ids
     moments = original_moments(loaded.model, torch.tensor(ids[: 16 * 1024]).view(16, 1024))
-    for text in options.patterns:
-        method = config_of(text, options.set).method(parse_patterns(text))
-        reports, seconds = [], 0.0
+    for text in options.methods:
+        method = Config.parse(text).build()
+        errors, bits, weights, seconds = [], 0, 0, 0.0
         for name in LAYERS:
             weight = linear_weight(loaded.model.get_submodule(name))
             start = time.perf_counter()
             result = method.compress(weight, moments[name])
             seconds += time.perf_counter() - start
-            error = output_error(weight, result.dense(), moments[name])
-            reports.append(LayerReport.of(name, PackedLinear.of(result), error))
-        weights = sum(report.weights for report in reports)
+            errors.append(output_error(weight, result.dense(), moments[name]))
+            bits += count_bits(result)
+            weights += weight.numel()
         row = {
-            "pattern": text,
-            "stored_bits": round(sum(r.stored_bits * r.weights for r in reports) / weights, 4),
-            "error": round(sum(report.output_error for report in reports) / len(reports), 5),
+            "method": text,
+            "stored_bits": round(bits / weights, 4),
+            "error": round(sum(errors) / len(errors), 5),
             "seconds": round(seconds, 2),
-            "settings": " ".join(options.set),
             "threads": torch.get_num_threads(),
         }
         print(json.dumps(row) if options.json else "  ".join(f"{k} {v}" for k, v in row.items()), flush=True)

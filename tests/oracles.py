@@ -178,3 +178,43 @@ def salient_count_by_trying(weight, keep, order, most):
             loss += error(values) + error(weight[row, outside])
         losses.append(loss)
     return losses
+
+
+def ranges_by_trying(values, width, *, search):
+    """Scale and zero point of one row of a group, in Python's floats: the first of the best ranges."""
+
+    def half(number):
+        return struct.unpack("<e", struct.pack("<e", number))[0]
+
+    top, best, least = 2**width - 1, None, float("inf")
+    low, high = min(0.0, *values), max(0.0, *values)
+    for step in range(80 if search else 1):
+        shrink = 1 - step / 100
+        scale = half(max((shrink * high - shrink * low) / top, 2.0**-24))
+        zero = min(max(round(-shrink * low / scale), 0), top)
+        rounded = [integer_by_rounding(value, scale, zero, width) for value in values]
+        error = sum(abs(value - other) ** 2.4 for value, other in zip(values, rounded, strict=True))
+        if error < least:
+            best, least = (scale, zero), error
+    return *best, least
+
+
+def integer_by_rounding(value, scale, zero, width):
+    """The nearest of the 2^width values scale · (code − zero)."""
+    return scale * (min(max(round(value / scale) + zero, 0), 2**width - 1) - zero)
+
+
+def gptq_by_reinversion(weight, hessian, width, block, *, search):
+    """GPTQ from its definition: what is left of the hessian is inverted again for every column."""
+    current = weight.clone()
+    for j in range(weight.shape[1]):
+        if j % block == 0:
+            ranges = [
+                ranges_by_trying(row, width, search=search) for row in current[:, j : j + block].tolist()
+            ]
+        inverse = torch.linalg.inv(hessian[j:, j:])
+        column = current[:, j].tolist()
+        rounded = [integer_by_rounding(w, *ranges[row][:2], width) for row, w in enumerate(column)]
+        error = current[:, j] - torch.tensor(rounded, dtype=weight.dtype)
+        current[:, j:] -= torch.outer(error / inverse[0, 0], inverse[0])
+    return current

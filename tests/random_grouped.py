@@ -2,7 +2,7 @@
 
 import torch
 
-from pbsp.binarization.grouped import GROUPS, SCALARS, GroupedBinarization
+from pbsp.binarization.grouped import PAPER, GroupedBinarization
 from pbsp.binarization.planes import block_count
 from pbsp.pruning.pattern import Pattern
 from random_planes import random_planes, random_signs
@@ -24,8 +24,8 @@ def random_grouped(
     salient = torch.rand(parts, columns, generator=generator) < salient_share
     kept, twice = signs != 0, salient.repeat_interleave(rows // parts, 0)
     residual_signs = 2 * torch.randint(0, 2, signs.shape, generator=generator).to(torch.int8) - 1
-    groups = torch.randint(0, GROUPS, signs.shape, generator=generator).to(torch.uint8)
-    scalars = 0.1 * torch.randn(rows, block_count(columns, block), SCALARS, generator=generator)
+    groups = torch.randint(0, PAPER.groups, signs.shape, generator=generator).to(torch.uint8)
+    scalars = 0.1 * torch.randn(rows, block_count(columns, block), PAPER.scalars, generator=generator)
     return GroupedBinarization(
         pattern, signs, residual_signs * (kept & twice), groups * (kept & ~twice), salient,
         scalars.half().float(), block,

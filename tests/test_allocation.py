@@ -1,6 +1,7 @@
 import pytest
+import torch
 
-from pbsp.allocation import coarse_allocation, paper_plan, uniform_plan
+from pbsp.allocation import coarse_allocation, coarse_plan, uniform_plan
 from pbsp.errors import ConfigError, PatternError
 from pbsp.models.blocks import decoder_blocks
 from pbsp.pruning.pattern import Pattern
@@ -40,7 +41,6 @@ def test_blocks_are_ranked_by_importance_wherever_they_stand():
     coarse = coarse_allocation([0.1, 0.9, 0.3, 1.4], 4, 8)
     assert coarse.ranks == (4, 2, 3, 1)
     assert coarse.kept == (3, 4, 4, 5)
-    assert coarse.cosines == pytest.approx((0.9, 0.1, 0.7, -0.4))
 
 
 def test_the_earlier_of_two_equally_important_blocks_ranks_higher():
@@ -78,9 +78,9 @@ def test_average_weighted_by_size_is_not_above_n(sizes, expected):
     assert kept == expected
 
 
-def test_paper_plan_gives_all_linears_of_a_block_its_pattern():
+def test_coarse_plan_gives_all_linears_of_a_block_its_pattern():
     blocks = decoder_blocks(tiny_model())
-    plan, coarse = paper_plan(blocks, Pattern(4, 8), [0.1, 0.2], strict=True)
+    plan, coarse = coarse_plan(blocks, Pattern(4, 8), [0.1, 0.2], rule="paper", strict=True)
     assert coarse.kept == (3, 5)
     for block, kept in zip(blocks, coarse.kept, strict=True):
         assert {plan.patterns[name] for name in block.linears()} == {(Pattern(kept, 8),)}
@@ -91,13 +91,34 @@ def test_a_weight_in_two_blocks_keeps_the_pattern_of_its_first():
     model = tiny_model()
     first, second = (model.model.layers[index].mlp for index in (0, 1))
     second.up_proj.weight = first.up_proj.weight
-    plan, _ = paper_plan(decoder_blocks(model), Pattern(4, 8), [0.9, 0.2], strict=True)
+    plan, _ = coarse_plan(decoder_blocks(model), Pattern(4, 8), [0.9, 0.2], rule="paper", strict=True)
     assert plan.same_as == {"model.layers.1.mlp.up_proj": "model.layers.0.mlp.up_proj"}
     # the second block is smaller by the shared weight, so its 3:8 no longer pays for the first's 5:8
     assert plan.patterns["model.layers.1.mlp.up_proj"] == plan.patterns["model.layers.0.mlp.up_proj"]
     assert plan.patterns["model.layers.0.mlp.up_proj"] == (Pattern(4, 8),)
 
 
-def test_paper_plan_refuses_what_no_layer_can_take():
+def test_coarse_plan_refuses_what_no_layer_can_take():
     with pytest.raises(PatternError, match="no layer can take 3:7"):
-        paper_plan(decoder_blocks(tiny_model()), Pattern(3, 7), [0.9, 0.2], strict=False)
+        coarse_plan(decoder_blocks(tiny_model()), Pattern(3, 7), [0.9, 0.2], rule="paper", strict=False)
+
+
+def test_outliers_draw_the_line_by_value_and_keep_the_average():
+    coarse = coarse_allocation([0.0, 0.1, 0.2, 1.0], 4, 8, rule="outliers", spread=2)
+    assert coarse.ranks == (4, 3, 2, 1)
+    assert sum(coarse.kept) == 16
+    assert coarse.kept[3] == max(coarse.kept) > coarse.kept[0] == min(coarse.kept) >= 2
+
+
+def test_equal_outlier_ratios_give_a_uniform_allocation():
+    assert coarse_allocation([0.3] * 5, 4, 8, rule="outliers").kept == (4,) * 5
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_outlier_allocations_fall_with_the_ratio_and_never_exceed_the_average(seed):
+    generator = torch.Generator().manual_seed(seed)
+    ratios = torch.rand(17, generator=generator).tolist()
+    coarse = coarse_allocation(ratios, 5, 8, rule="outliers", spread=2)
+    by_importance = [coarse.kept[block] for block in sorted(range(17), key=lambda block: -ratios[block])]
+    assert by_importance == sorted(by_importance, reverse=True)
+    assert sum(coarse.kept) == 5 * 17

@@ -25,7 +25,7 @@ def test_the_builtin_model_at_4_8_is_smaller_than_its_4_bit_source_and_still_rea
     loaded = pbsp.load_model(BUILTIN)
     corpus = pbsp.corpus("self", samples=2, context=64)
     report = pbsp.compress(
-        loaded.model, loaded.tokenizer, pbsp.Config(pattern="4:8", sweeps=0), corpus=corpus
+        loaded.model, loaded.tokenizer, pbsp.Config(pattern="4:8", options={"sweeps": 0}), corpus=corpus
     )
     pbsp.save_compressed(loaded.model, loaded.tokenizer, tmp_path / "out", report)
     found = pbsp.inspect_folder(tmp_path / "out")

@@ -10,6 +10,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 import pbsp.commands
+import pbsp.commands_evaluate
 from pbsp.cli import main
 from tiny import CONFIGS, tiny_model, tiny_tokenizer
 
@@ -121,7 +122,7 @@ def test_compress_prints_one_json_object_whose_numbers_are_those_of_the_files(ca
 def test_compress_prints_sizes_and_what_it_measured_on(capsys, tmp_path, source, text):
     output = succeeds(
         capsys, "compress", source, "-o", tmp_path / "out[1]", "--calibration", text, "--samples", "9999",
-        "--context", "16", "--scale-block", "64",
+        "--context", "16", "--set", "block=64",
     )  # fmt: skip
     assert "stored bits per weight" in output
     assert "nominal bits per weight" in output
@@ -146,14 +147,14 @@ def odd_model():
 
 def test_config_file_gives_options_and_the_command_line_wins(capsys, tmp_path, source):
     config = tmp_path / "config.toml"
-    config.write_text('pattern = "2:8"\nsweeps = 1\ncalibration = "self"\nsamples = 3\nseed = 7\n')
+    config.write_text('pattern = "2:8"\ncalibration = "self"\nsamples = 3\nseed = 7\n[options]\nsweeps = 1\n')
     out = tmp_path / "out"
     found = succeeds(
         capsys, "compress", source, "-o", out, "--config", config, "--pattern", "4:8", *SAMPLES, "--json"
     )
     assert {layer["pattern"] for layer in found["layers"]} == {"4:8"}
     saved = json.loads((out / "config.json").read_text())["quantization_config"]["provenance"]
-    assert saved["config"]["sweeps"] == 1
+    assert saved["config"]["options"] == {"sweeps": 1}
     asked = {name: saved["calibration"][name] for name in ("text", "windows", "context", "seed")}
     assert asked == {"text": "self", "windows": 2, "context": 16, "seed": 7}
 
@@ -220,6 +221,42 @@ def test_evaluate_says_when_the_model_was_calibrated_on_the_text(capsys, tmp_pat
     assert "calibrated on this very text" in succeeds(capsys, *arguments)
 
 
+@pytest.fixture
+def task_files(tmp_path):
+    rows = [
+        {"goal": "cut", "sol1": "use a knife", "sol2": "sing", "label": 0},
+        {"goal": "cook", "sol1": "sing", "sol2": "wait until it is done", "label": 1},
+    ]
+    (tmp_path / "piqa.valid.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+def test_evaluate_scores_tasks_alone_if_no_text_is_named(capsys, source, compressed, task_files):
+    tasks = ["--tasks", "piqa", "--task-files", task_files]
+    found = succeeds(capsys, "evaluate", compressed, *tasks, "--json")
+    assert set(found) == {"model", "against", "tasks", "original_tasks"}
+    assert found["original_tasks"] is None
+    (piqa,) = found["tasks"]
+    assert (piqa["task"], piqa["documents"], piqa["shots"], piqa["source"]) == ("piqa", 2, 0, "local files")
+    assert {"acc", "acc_stderr", "acc_norm", "acc_norm_stderr"} <= set(piqa)
+    table = succeeds(capsys, "evaluate", compressed, *tasks)
+    assert f"{piqa['acc']:.2%} ± {piqa['acc_stderr']:.2%}" in table
+    assert "acc_norm" in table
+    assert "rows from local files" in table
+    both = succeeds(capsys, "evaluate", compressed, *tasks, "--limit", "1", "--against", source, "--json")
+    assert both["tasks"][0]["documents"] == both["original_tasks"][0]["documents"] == 1
+
+
+def test_evaluate_measures_the_text_too_if_one_is_named(capsys, compressed, task_files, text):
+    asked = ["--tasks", "piqa", "--task-files", task_files, "--text", text, "--context", "16"]
+    found = succeeds(capsys, "evaluate", compressed, *asked, "--windows", "1", "--json")
+    assert found["tokens"] == 15
+    assert len(found["tasks"]) == 1
+    output = succeeds(capsys, "evaluate", compressed, *asked, "--windows", "1")
+    assert "perplexity" in output
+    assert "acc_norm" in output
+
+
 def test_inspect_prints_layers_and_bytes(capsys, compressed, monkeypatch):
     monkeypatch.delenv("COLUMNS", raising=False)  # parallel test runners set it for their workers
     output = succeeds(capsys, "inspect", compressed)
@@ -279,9 +316,11 @@ def test_module_reports_a_fault_in_one_line_and_code_2(tmp_path):
         (["--pattern", "4:" + "9" * 5000], "is not a pattern"),
         (["--pattern", "1:8+1:8+1:8+1:8+1:8"], "5 planes"),
         (["--pattern", "3:10"], "multiple of 10"),
-        (["--scale-block", "100"], "scale_block is 100"),
-        (["--sweeps", "-1"], "sweeps is -1"),
-        (["--damping", "nan"], "damping is nan"),
+        (["--set", "block=100"], "block is 100"),
+        (["--set", "sweeps=-1"], "sweeps is -1"),
+        (["--set", "sweeps"], "write NAME=VALUE"),
+        (["--method", "gptq"], "no packed layout here"),
+        (["--set", "damping=nan"], "damping is nan"),
         (["--dtype", "float8"], "choose one of auto"),
         (["--inputs", "both"], "choose one of compressed"),
         (["--samples", "0"], "0 windows"),
@@ -306,11 +345,11 @@ def test_a_wrong_request_is_refused_before_the_model_loads(
     ("line", "message"),
     [
         ('patern = "4:8"', "did you mean 'pattern'?"),
-        ("colour = 1", "known options: pattern"),
+        ("colour = 1", "known options: method"),
         ("sample = 3", "did you mean 'samples'?"),
         ('samples = "3"', "samples must be of type int, not '3'"),
-        ("sweeps = true", "sweeps must be of type int"),
-        ("damping = 'x'", "damping must be of type float"),
+        ("options.sweeps = true", "sweeps must be of type int"),
+        ("options.damping = 'x'", "damping must be of type float"),
         ("pattern", "cannot be read as TOML"),
     ],
 )
@@ -345,6 +384,12 @@ def test_a_text_that_is_none_is_refused_before_the_model_loads(
         (["evaluate", "--windows", "-1", "--text", "self"], "at least 1"),
         (["evaluate", "--context", "1", "--text", "self"], "context of 1"),
         (["evaluate", "--text", "missing.txt"], "no file missing.txt"),
+        (["evaluate", "--tasks", "piqa", "--task-files", "missing"], "missing is not a folder"),
+        (["evaluate", "--tasks", "mmlu", "--task-files", "missing"], "task 'mmlu' cannot be read from files"),
+        (["evaluate", "--tasks", "piqa", "--limit", "0"], "limit is 0"),
+        (["evaluate", "--tasks", ""], "no task is named"),
+        (["evaluate", "--limit", "3"], "--limit is for --tasks"),
+        (["evaluate", "--task-files", "."], "--task-files is for --tasks"),
         (["generate", "hello", "--max-tokens", "0"], "max_tokens is 0"),
         (["generate", "hello", "--temperature", "nan"], "temperature is nan"),
         (["generate", "hello", "--seed", "-1"], "seed is -1"),
@@ -353,7 +398,8 @@ def test_a_text_that_is_none_is_refused_before_the_model_loads(
 def test_other_wrong_requests_are_refused_before_the_model_loads(
     capsys, source, monkeypatch, arguments, message
 ):
-    monkeypatch.setattr(pbsp.commands, "load_model", never_loads)
+    for module in (pbsp.commands, pbsp.commands_evaluate):
+        monkeypatch.setattr(module, "load_model", never_loads)
     command, *rest = arguments
     assert message in fails(capsys, command, source, *rest)
 
@@ -397,7 +443,7 @@ def test_a_text_shorter_than_a_window_is_refused(capsys, tmp_path, source):
 
 
 def test_a_pattern_that_no_layer_can_take_is_refused(capsys, tmp_path, source):
-    options = ["--pattern", "1:7", "--scale-block", "7"]
+    options = ["--pattern", "1:7", "--set", "block=7"]
     line = fails(capsys, "compress", source, "-o", tmp_path / "out", *SELF, *options)
     assert "no layer can take 1:7" in line
     assert list(tmp_path.iterdir()) == []

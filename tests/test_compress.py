@@ -7,11 +7,16 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import pbsp
+from pbsp.calibration.moments import collect_moments
+from pbsp.calibration.walk import Walk
 from pbsp.calibration.windows import Windows
-from pbsp.errors import CalibrationError, ConfigError, ModelError, PatternError
+from pbsp.errors import CalibrationError, ConfigError, ModelError, OutputError, PatternError
+from pbsp.methods.pbsp import Pbsp
 from pbsp.models.blocks import decoder_blocks, linear_weight
 from pbsp.packed_linear import PackedLinear
+from pbsp.pruning.pattern import Pattern
 from pbsp.solver.hessian import output_error
+from saved import packed_linears
 from tiny import CONFIGS, tiny_model, tiny_tokens
 
 
@@ -128,7 +133,7 @@ def test_strict_refuses_them_before_any_work():
 
 def test_a_pattern_that_no_layer_can_take_is_refused():
     with pytest.raises(PatternError, match="no layer can take 1:7"):
-        compressed(pattern="1:7", scale_block=7)
+        compressed(pattern="1:7", options={"block": 7})
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -191,7 +196,9 @@ def test_weights_out_of_float16_range_are_kept_in_bfloat16():
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
 @torch.no_grad()
 def test_the_papers_layout_saves_and_loads(name, tmp_path):
-    model, report = compressed(name, pattern="4:8", layout="paper", weighting="attention", updates=1)
+    model, report = compressed(
+        name, pattern="4:8", method="pbsp", weighting="attention", options={"updates": 1}
+    )
     assert not report.plain_moments
     assert {layer.layout for layer in report.layers} == {"paper"}
     assert all(0 < layer.output_error < 0.2 for layer in report.layers)
@@ -212,26 +219,53 @@ def test_attention_weighting_changes_the_value_projections_of_the_first_block_al
     assert changed == ["model.layers.0.self_attn.v_proj"]
 
 
-def test_weighting_is_attention_for_planes_and_plain_for_the_papers_layout():
-    assert pbsp.Config(pattern="4:8").moment_weighting == "attention"
-    assert pbsp.Config(pattern="4:8", layout="paper").moment_weighting == "plain"
-    assert pbsp.Config(pattern="4:8", layout="paper", weighting="attention").moment_weighting == "attention"
-
-
 def test_the_papers_allocation_gives_the_more_important_block_more_weights():
-    _, report = compressed("llama", pattern="4:8", layout="paper", allocation="paper", updates=1)
+    _, report = compressed("llama", pattern="4:8", method="pbsp", allocation="paper", options={"updates": 1})
     coarse = report.coarse
     assert sorted(coarse.kept) == [3, 5]
     first, second = (report.layers[0], report.layers[-1])
     assert first.pattern == f"{coarse.kept[0]}:8"
     assert second.pattern == f"{coarse.kept[1]}:8"
     assert (coarse.importances[0] > coarse.importances[1]) == (coarse.kept[0] > coarse.kept[1])
-    assert all(
-        cosine == pytest.approx(1 - i) for cosine, i in zip(coarse.cosines, coarse.importances, strict=True)
-    )
+    cosines = report.to_dict()["coarse"]["cosines"]
+    assert cosines == pytest.approx([1 - importance for importance in coarse.importances])
 
 
-@pytest.mark.parametrize("setting", [{"layout": "paper"}, {"allocation": "paper"}])
+@pytest.mark.parametrize(
+    "line", ["gptq bits=8", "billm 4:8", "arb rounds=2", "stbllm 4:8 zeros=released", "rtn"]
+)
+@torch.no_grad()
+def test_a_method_without_a_layout_leaves_its_values_and_counts_its_bits(line):
+    model = tiny_model()
+    config = pbsp.Config.parse(line)
+    report = pbsp.compress(model, None, config, corpus=windows())
+    assert not report.packed
+    assert not packed_linears(model)
+    assert getattr(model.config, "quantization_config", None) is None
+    first = report.layers[0]
+    weight = model.get_submodule(first.name).weight
+    assert not torch.equal(weight, tiny_model().get_submodule(first.name).weight)
+    assert 1 < first.stored_bits < 16
+    assert model(tiny_tokens(1)).logits.isfinite().all()
+    with pytest.raises(OutputError, match="not packed"):
+        pbsp.save_compressed(model, None, "never", report)
+
+
+def test_methods_that_look_at_whole_layers_solve_each_alone():
+    """q, k and v share their inputs; PBSP's salient columns of one must not depend on the others."""
+    _, report = compressed("llama", pattern="4:8", method="pbsp")
+    model = tiny_model()
+    weight = model.get_submodule(report.layers[0].name).weight.detach()
+    blocks = decoder_blocks(model)
+    walk = Walk(model, blocks, windows().tokens)
+    linears = blocks[0].linears()
+    moments = collect_moments(linears, lambda: walk.run(0, blocks[0].module, keep=False))
+    alone = Pbsp(Pattern(4, 8)).compress(weight, moments[report.layers[0].name])
+    expected = output_error(weight, alone.dense(), moments[report.layers[0].name])
+    assert report.layers[0].output_error == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("setting", [{"method": "pbsp"}, {"allocation": "paper"}])
 def test_the_papers_stages_take_one_plane(setting):
-    with pytest.raises(ConfigError, match="takes one N:M, not the 2 planes"):
+    with pytest.raises(ConfigError, match=r"takes one N:M, not (the )?2 planes"):
         pbsp.Config(pattern="4:8+2:8", **setting)

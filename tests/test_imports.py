@@ -6,21 +6,22 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "pbsp"
-LOW = {"errors", "pruning", "binarization", "solver"}
+LOW = {"errors", "pruning", "binarization", "quantization", "solver"}
 ALLOWED = {
     "errors": set(),
     "pruning": {"errors"},
     "binarization": {"errors", "pruning"},
     "solver": {"errors"},
     "methods": LOW,
-    "storage": {"errors", "pruning", "binarization"},
-    "kernels": {"errors", "pruning", "binarization", "storage"},
+    "quantization": {"errors", "binarization", "storage"},
+    "storage": {"errors", "pruning", "binarization", "quantization"},
+    "kernels": {"errors", "pruning", "binarization", "quantization", "storage"},
     "packed_linear": {"errors", "pruning", "binarization", "storage", "kernels"},
     "models": {"errors"},
-    "calibration": {"errors", "models"},
+    "calibration": {"errors", "models", "pruning"},
     "allocation": {"errors", "models", "pruning"},
-    "evaluation": {"errors", "calibration"},
-    "integrations": {"errors", "storage", "packed_linear"},
+    "evaluation": {"errors", "calibration", "integrations"},
+    "integrations": {"errors", "models", "calibration", "storage", "packed_linear"},
 }
 
 

@@ -9,6 +9,7 @@ from pbsp.compress import compress
 from pbsp.config import Config
 from pbsp.errors import PbspError
 from pbsp.evaluation.perplexity import evaluate, evaluate_all
+from pbsp.evaluation.tasks import evaluate_tasks
 from pbsp.inspection import inspect_folder
 from pbsp.models.load import load_model
 from pbsp.save import save_compressed
@@ -22,6 +23,7 @@ __all__ = [
     "corpus",
     "evaluate",
     "evaluate_all",
+    "evaluate_tasks",
     "evaluation_windows",
     "inspect_folder",
     "load_model",

@@ -55,16 +55,20 @@ def compress(
     pattern: Annotated[
         str | None, typer.Option(help="Planes, N:M or several joined by +, as 4:8+2:8.")
     ] = None,
-    layout: Annotated[str | None, typer.Option(help="planes, or paper: the paper's method, one N:M.")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="planes; pbsp, the paper's own, one N:M; stbllm. See `pbsp compare`.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="NAME=VALUE, a hyperparameter of the method, as block=64; repeatable."),
+    ] = None,
     weighting: Annotated[
         str | None, typer.Option(help="Of tokens in value projections' moments: plain or attention.")
     ] = None,
-    allocation: Annotated[str | None, typer.Option(help="uniform, or paper: N by block importance.")] = None,
-    scale_block: Annotated[int | None, typer.Option(help="Columns that share their scales.")] = None,
-    sweeps: Annotated[int | None, typer.Option(help="Rounds of coordinate descent.")] = None,
-    damping: Annotated[
-        float | None, typer.Option(help="Ridge on the moments, of their mean diagonal.")
+    allocation: Annotated[
+        str | None, typer.Option(help="uniform; paper, N by block importance; outliers, by STBLLM's rule.")
     ] = None,
+    spread: Annotated[int | None, typer.Option(help="N ± spread in those allocations.")] = None,
     inputs: Annotated[str | None, typer.Option(help="Measure behind compressed or original blocks.")] = None,
     dtype: Annotated[
         str | None, typer.Option(help="Of what stays uncompressed: auto, float16, bfloat16.")
@@ -89,13 +93,11 @@ def compress(
     from pbsp.commands import run_compress
 
     settings = {
+        "method": method,
         "pattern": pattern,
-        "layout": layout,
         "weighting": weighting,
         "allocation": allocation,
-        "scale_block": scale_block,
-        "sweeps": sweeps,
-        "damping": damping,
+        "spread": spread,
         "inputs": inputs,
         "dtype": dtype,
         "strict": strict,
@@ -105,6 +107,7 @@ def compress(
         model,
         output,
         settings={name: value for name, value in settings.items() if value is not None},
+        hyperparameters=set_ or [],
         text={name: value for name, value in text.items() if value is not None},
         config_file=config,
         device=device,
@@ -116,9 +119,18 @@ def compress(
 @app.command()
 def evaluate(
     model: Model,
-    text: Annotated[str, typer.Option(help="self, c4, wikitext2 or a text file.")] = "wikitext2",
+    text: Annotated[
+        str | None, typer.Option(help="self, c4, wikitext2 or a text file; wikitext2 unless --tasks.")
+    ] = None,
     windows: Annotated[int, typer.Option(help="First windows of the text; 0 for all.")] = 40,
     context: Annotated[int, typer.Option(help="Tokens of a window.")] = 2048,
+    tasks: Annotated[
+        str | None, typer.Option(help="Zero-shot tasks by lm-eval's names, as arc_easy,piqa.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="First documents of each task; all if not given.")] = None,
+    task_files: Annotated[
+        str | None, typer.Option(help="Folder of task files, instead of the Hub's data.")
+    ] = None,
     against: Annotated[str | None, typer.Option(help="The original: adds KL and top-1 agreement.")] = None,
     seed: Seed = 0,
     device: Device = "auto",
@@ -127,14 +139,17 @@ def evaluate(
     ] = "auto",
     json: Json = False,
 ) -> None:
-    """Perplexity of MODEL and, against the original, how far it has moved from it."""
-    from pbsp.commands import run_evaluate
+    """Perplexity of MODEL, its accuracy on tasks and, against the original, how far it has moved from it."""
+    from pbsp.commands_evaluate import run_evaluate
 
     run_evaluate(
         model,
         text=text,
         windows=windows,
         context=context,
+        tasks=tasks,
+        limit=limit,
+        task_files=task_files,
         against=against,
         seed=seed,
         device=device,

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pbsp.allocation import Plan, paper_plan, uniform_plan
+from pbsp.allocation import Plan, coarse_plan, uniform_plan
 from pbsp.calibration.corpus import Corpus
-from pbsp.calibration.importance import block_cosines
+from pbsp.calibration.importance import block_cosines, outlier_ratios
 from pbsp.calibration.moments import InputMoment, MomentPart, collect_block_moments
 from pbsp.calibration.walk import Walk
 from pbsp.calibration.windows import Windows
@@ -24,10 +24,10 @@ from pbsp.integrations.transformers import PbspQuantizationConfig, attach, repla
 from pbsp.models.blocks import Block, decoder_blocks, linear_weight
 from pbsp.models.precision import cast_stored, check_finite, storage_dtype
 from pbsp.packed_linear import PackedLinear
-from pbsp.pruning.pattern import Pattern
+from pbsp.pruning.pattern import Pattern, format_patterns
 from pbsp.report import Bits, CompressionReport, LayerReport
 from pbsp.resources import peak_rss_bytes
-from pbsp.storage.layouts import Representation, join
+from pbsp.storage.layouts import Representation, is_packable, join
 
 Progress = Callable[[str, int, int], None]
 """Called with a stage's name, the steps done and the steps in all."""
@@ -44,7 +44,9 @@ def compress(
 ) -> CompressionReport:
     """Replace the linear layers of the model's decoder blocks by packed N:M binary planes, in place.
 
-    Afterwards `model.save_pretrained` writes the packed file and `from_pretrained` reads it back.
+    Afterwards `model.save_pretrained` writes the packed file and `from_pretrained` reads it back. A method
+    that has no packed layout leaves dense layers with the values it found; its bits are counted all the
+    same, and the report says that the model is not packed.
 
     Args:
         model: a causal language model in evaluation mode, in float32 or a 16-bit type.
@@ -72,21 +74,23 @@ def compress(
         if isinstance(corpus, Corpus):
             corpus = corpus.windows(tokenizer, model, progress=partial(tell, "sample"))
     coarse = None
-    if config.allocation == "paper":
+    if config.coarse:
         with _timed(seconds, "calibrate"):
-            importances = [1 - cosine for cosine in block_cosines(model, blocks, corpus.tokens)]
-        plan, coarse = paper_plan(
+            importances = _importances(config.coarse, model, blocks, corpus.tokens)
+        plan, coarse = coarse_plan(
             blocks,
             config.patterns[0],
             importances,
+            rule=config.coarse,
             strict=config.strict,
-            spread=None if config.spread < 0 else config.spread,
+            spread=config.spread,
         )
     run = _Run(model, blocks, plan, config, seconds, tell)
     layers = tuple(run.compress_blocks(corpus.tokens))
     cast_stored(model, dtype)
     provenance = {"config": config.to_dict(), "calibration": corpus.describe(), "versions": _versions()}
-    attach(model, PbspQuantizationConfig(left_uncompressed=plan.left_uncompressed, provenance=provenance))
+    if run.packed:
+        attach(model, PbspQuantizationConfig(left_uncompressed=plan.left_uncompressed, provenance=provenance))
     left_weights = sum(linear_weight(model.get_submodule(name)).numel() for name in plan.left_uncompressed)
     bits = Bits.over(layers, left_weights=left_weights, left_bits=16 * left_weights)
     return CompressionReport(
@@ -94,6 +98,7 @@ def compress(
         stored_bits=bits.stored,
         layers=layers,
         left_uncompressed=plan.left_uncompressed,
+        packed=run.packed,
         plain_moments=run.plain_because,
         coarse=coarse,
         source=model.config.name_or_path or "",
@@ -115,6 +120,7 @@ class _Run:
     seconds: dict[str, float]
     tell: Progress
     plain_because: dict[str, str] = field(default_factory=dict)
+    packed: bool = True
 
     def compress_blocks(self, tokens: Tensor) -> Iterator[LayerReport]:
         """Measure, solve and replace block after block, each behind its compressed predecessors."""
@@ -135,10 +141,7 @@ class _Run:
                 solved |= self._solve(linears, moments.inputs)
                 for name, module in linears.items():
                     representation, error = solved[self.plan.same_as.get(name, name)]
-                    bias = module.bias if isinstance(module.bias, Tensor) else None
-                    layer = PackedLinear.of(representation, bias)
-                    replace_module(self.model, name, layer)
-                    yield LayerReport.of(name, layer, error)
+                    yield self._replace(name, module, representation, error)
                 solved = {
                     name: result for name, result in solved.items() if name in self.plan.same_as.values()
                 }
@@ -147,25 +150,44 @@ class _Run:
                     walk.run(index, block.module, keep=True)
         self.tell("compress", len(self.blocks), len(self.blocks))
 
+    def _replace(
+        self, name: str, module: nn.Module, representation: Representation, error: float
+    ) -> LayerReport:
+        """Put the packed layer in the linear's place, or its values where no layout holds them."""
+        if is_packable(representation):
+            bias = module.bias if isinstance(module.bias, Tensor) else None
+            layer = PackedLinear.of(representation, bias)
+            replace_module(self.model, name, layer)
+            return LayerReport.of(name, layer, error)
+        self.packed = False
+        linear_weight(module).copy_(representation.dense())
+        pattern = format_patterns(self.plan.patterns[name]) or "dense"
+        return LayerReport.of_values(name, representation, pattern, error)
+
     def _solve(
         self, linears: dict[str, nn.Module], moments: dict[str, InputMoment]
     ) -> dict[str, tuple[Representation, float]]:
-        """Each linear's representation and relative output error; rows with one moment are one matrix."""
+        """Each linear's representation and relative output error.
+
+        Rows with one moment are one matrix, unless the method looks at a linear as a whole.
+        """
         weights: dict[str, Tensor] = {}
-        groups: dict[tuple[int, tuple[Pattern, ...]], list[tuple[str, MomentPart]]] = {}
+        groups: dict[tuple[int, tuple[Pattern, ...], str], list[tuple[str, MomentPart]]] = {}
         for name, module in linears.items():
             if name in self.plan.same_as:
                 continue
             if name not in moments:
                 raise CalibrationError(f"{name} is never called on the calibration text; it cannot be solved")
             weights[name] = linear_weight(module).float()
+            apart = name if self.config.build(self.plan.patterns[name]).rows_interact else ""
             for part in moments[name].parts:
-                groups.setdefault((id(part.moment), self.plan.patterns[name]), []).append((name, part))
+                key = id(part.moment), self.plan.patterns[name], apart
+                groups.setdefault(key, []).append((name, part))
         pieces: dict[str, list[tuple[int, Representation]]] = {name: [] for name in weights}
-        for (_, patterns), members in groups.items():
+        for (_, patterns, _), members in groups.items():
             rows = [weights[name][part.rows.start : part.rows.stop] for name, part in members]
             try:
-                whole = self.config.method(patterns).compress(torch.cat(rows), members[0][1].moment)
+                whole = self.config.build(patterns).compress(torch.cat(rows), members[0][1].moment)
             except CalibrationError as error:
                 names = ", ".join(dict.fromkeys(name for name, _ in members))
                 raise CalibrationError(f"{names}: {error}") from None
@@ -180,6 +202,13 @@ class _Run:
             error = moment.error(weight - representation.dense()) / signal if signal > 0 else 0.0
             results[name] = representation, error
         return results
+
+
+def _importances(rule: str, model: PreTrainedModel, blocks: list[Block], tokens: Tensor) -> list[float]:
+    """What a coarse allocation ranks the blocks by."""
+    if rule == "outliers":
+        return outlier_ratios(model, blocks, tokens)
+    return [1 - cosine for cosine in block_cosines(model, blocks, tokens)]
 
 
 def _versions() -> dict[str, str]:

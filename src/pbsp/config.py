@@ -3,23 +3,22 @@
 import difflib
 import tomllib
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pbsp.calibration.moments import Weighting
 from pbsp.errors import ConfigError
-from pbsp.methods.pbsp import CHOICES, Pbsp
-from pbsp.methods.planes import PlaneFit
+from pbsp.methods.table import METHODS, Method, build_method, option_types, patterns_of
 from pbsp.pruning.pattern import Pattern, parse_patterns
 
+AUTO = "auto"
 _CHOICES = {
-    "layout": ("planes", "paper"),
-    "weighting": ("auto", "plain", "attention"),
-    "allocation": ("uniform", "paper"),
-    **CHOICES,
+    "method": tuple(METHODS),
+    "weighting": (AUTO, *get_args(Weighting)),
+    "allocation": (AUTO, "uniform", "paper", "outliers"),
     "inputs": ("compressed", "original"),
-    "dtype": ("auto", "float16", "bfloat16"),
+    "dtype": (AUTO, "float16", "bfloat16"),
 }
 _TEXT_OPTIONS: dict[str, type] = {"calibration": str, "samples": int, "context": int, "seed": int}
 
@@ -29,16 +28,15 @@ class Config:
     """How to compress a model.
 
     Attributes:
-        pattern: the planes of every linear layer, "N:M" or up to four of them joined by "+".
-        layout: "planes", our own, or "paper", which stores what the paper's scheme needs.
-        scale_block: columns that share one scale (layout paper: nine scalars); a multiple of every M.
-        damping: ridge added to each moment, as a fraction of its mean diagonal.
-        sweeps: rounds of coordinate descent over all M-groups.
+        method: "planes", our own, "pbsp", the paper's, or one that they are compared with; see `METHODS`.
+        pattern: "N:M", for planes up to four of them joined by "+"; None for the method's default.
+        options: the method's hyperparameters by name, such as `sweeps` and `block` of planes.
         weighting: how tokens count in the moments of value projections: "plain", all alike, or as the
-            "attention" mixes them. "auto" is attention for planes and plain for the paper's layout.
-        allocation: "uniform", or N by block importance as in the paper's coarse stage, one plane only.
-        spread: of that stage: N ± spread, −1 for 1 where that fits.
-        score, steps, updates, update, refresh, target, metric: of layout paper; see `methods.pbsp.Pbsp`.
+            "attention" mixes them. "auto" is attention for planes and plain for the others.
+        allocation: "uniform"; "paper", N by block importance as in the paper's coarse stage; "outliers", N
+            by the share of outlying scores as in STBLLM. The last two take one N:M. "auto" is outliers
+            for stbllm and uniform for the others.
+        spread: of these two: N ± spread; None for 1 where that fits.
         inputs: what a block's moments are measured on: the outputs of its compressed predecessors,
             or of the original ones.
         dtype: of what stays uncompressed. "auto": the source's own 16-bit type; for a float32 source
@@ -50,91 +48,101 @@ class Config:
         PatternError: the pattern is malformed.
     """
 
-    pattern: str = "3:8+3:8+1:8"
-    layout: str = "planes"
-    scale_block: int = 128
-    damping: float = 0.01
-    sweeps: int = 3
-    weighting: str = "auto"
-    allocation: str = "uniform"
-    spread: int = -1
-    score: str = Pbsp.score
-    steps: str = Pbsp.steps
-    updates: int = Pbsp.updates
-    update: str = Pbsp.update
-    refresh: bool = Pbsp.refresh
-    target: str = Pbsp.target
-    metric: str = Pbsp.metric
+    method: str = "planes"
+    pattern: str | None = None
+    options: dict = field(default_factory=dict)
+    weighting: str = AUTO
+    allocation: str = AUTO
+    spread: int | None = None
     inputs: str = "compressed"
-    dtype: str = "auto"
+    dtype: str = AUTO
     strict: bool = False
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            assert isinstance(field.type, type)  # not a string: this module does not postpone annotations
-            _as_type(field.name, getattr(self, field.name), field.type)
+        for name, wanted in _types().items():
+            _check_type(name, getattr(self, name), wanted)  # here too: Config() is not only made from TOML
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}")
-        if not 0 < self.damping <= 10:
-            raise ConfigError(f"damping is {self.damping}; it must be above 0 and at most 10 (0.01 is usual)")
-        if not 0 <= self.sweeps <= 1000:
-            raise ConfigError(f"sweeps is {self.sweeps}; it must be between 0 and 1000")
-        if self.spread < -1 or self.updates < 1:
+        if self.spread is not None and self.spread < 0:
+            raise ConfigError(f"spread is {self.spread}; at least 0 is needed")
+        patterns = self.patterns  # builds the method, which checks its options
+        if self.coarse and len(patterns) != 1:
             raise ConfigError(
-                f"spread is {self.spread} and updates {self.updates}; at least −1 and 1 are needed"
+                f"allocation {self.coarse} takes one N:M, not the {len(patterns)} planes of "
+                f"{self.pattern or self.method}"
             )
-        if len(self.patterns) > 1 and "paper" in (self.layout, self.allocation):
-            what = "layout" if self.layout == "paper" else "allocation"
-            raise ConfigError(
-                f"{what} paper takes one N:M, not the {len(self.patterns)} planes of {self.pattern}"
-            )
-        for pattern in self.patterns:
-            if self.scale_block < 1 or self.scale_block % pattern.group:
-                raise ConfigError(
-                    f"scale_block is {self.scale_block}; it must be a positive multiple of "
-                    f"{pattern.group} for pattern {pattern}"
-                )
 
     @property
     def patterns(self) -> tuple[Pattern, ...]:
-        """The planes that `pattern` names."""
-        return parse_patterns(self.pattern)
+        """The N:M patterns of every linear layer, on average; none for a dense method."""
+        return patterns_of(self.build())
 
     @property
     def moment_weighting(self) -> Weighting:
         """`weighting`, "auto" resolved."""
-        if self.weighting == "plain" or (self.weighting == "auto" and self.layout == "paper"):
-            return "plain"
-        return "attention"
+        chosen = self._resolved("weighting", "plain")
+        return "attention" if chosen == "attention" else "plain"
 
-    def method(self, patterns: tuple[Pattern, ...]) -> PlaneFit | Pbsp:
+    @property
+    def coarse(self) -> str | None:
+        """How blocks come to differ in N; None where they do not."""
+        chosen = self._resolved("allocation", "uniform")
+        return None if chosen == "uniform" else chosen
+
+    def _resolved(self, name: str, usual: str) -> str:
+        chosen = getattr(self, name)
+        return getattr(METHODS[self.method], name, usual) if chosen == AUTO else chosen
+
+    def build(self, patterns: tuple[Pattern, ...] | None = None) -> Method:
         """The method that these settings describe, for a layer that gets `patterns`."""
-        if self.layout == "planes":
-            return PlaneFit(patterns, self.scale_block, self.damping, self.sweeps)
-        return Pbsp(
-            patterns[0],
-            self.scale_block,
-            self.damping,
-            score=self.score,
-            steps=self.steps,
-            updates=self.updates,
-            update=self.update,
-            refresh=self.refresh,
-            target=self.target,
-            metric=self.metric,
-        )
+        if patterns is None and self.pattern is not None:
+            patterns = parse_patterns(self.pattern)
+        return build_method(self.method, patterns, self.options)
 
     def to_dict(self) -> dict[str, Any]:
-        """All settings, as `from_dict` reads them."""
-        return asdict(self)
+        """All settings, as `from_dict` reads them; what is None is left out, as TOML cannot hold it."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> "Config":
         """A config with `values` over the defaults; ConfigError if a key is unknown or a type is wrong."""
-        types: dict[str, Any] = {field.name: field.type for field in fields(Config)}
+        types = _types()
         _refuse_unknown(values, list(types))
-        return Config(**{name: _as_type(name, value, types[name]) for name, value in values.items()})
+        for name, value in values.items():
+            _check_type(name, value, types[name])
+        return Config(**values)
+
+    @staticmethod
+    def parse(text: str) -> "Config":
+        """A config written in one line: METHOD [N:M[+N:M…]] [NAME=VALUE …], as "gptq bits=2".
+
+        See `with_settings`.
+        """
+        method, *words = text.split() or [""]
+        values: dict[str, Any] = {"method": method}
+        if words and "=" not in words[0]:
+            values["pattern"] = words.pop(0)
+        return Config.from_dict(with_settings(values, words))
+
+
+def with_settings(values: dict[str, Any], words: Iterable[str]) -> dict[str, Any]:
+    """The values of a config with NAME=VALUE words over them.
+
+    Names are options of the method or fields of the config; values are written as in TOML, but strings
+    need no quotes.
+    """
+    method = values.get("method", Config.method)
+    own = option_types(method) if method in METHODS else {}
+    for word in words:
+        name, equals, written = word.partition("=")
+        if not equals:
+            raise ConfigError(f"{word!r} is not a setting; write NAME=VALUE, as block=64")
+        if name in own or name not in _types():
+            values = {**values, "options": {**values.get("options", {}), name: _value(written)}}
+        else:
+            values = {**values, name: _value(written)}
+    return values
 
 
 def read_config_file(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -144,22 +152,29 @@ def read_config_file(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         ConfigError: the file cannot be read, an option is unknown, or one of the text's is of a wrong type.
     """
     values = _read_toml(path)
-    _refuse_unknown(values, [*(field.name for field in fields(Config)), *_TEXT_OPTIONS])
-    text = {
-        name: _as_type(name, values.pop(name), wanted)
-        for name, wanted in _TEXT_OPTIONS.items()
-        if name in values
-    }
+    _refuse_unknown(values, [*_types(), *_TEXT_OPTIONS])
+    text = {name: values.pop(name) for name in _TEXT_OPTIONS if name in values}
+    for name, value in text.items():
+        _check_type(name, value, _TEXT_OPTIONS[name])
     return values, text
 
 
-def _as_type(name: str, value: Any, wanted: type) -> Any:
-    """The value, if it is of the type; an int serves as a float, a bool not as an int."""
-    if wanted is float and type(value) is int:
-        return float(value)
-    if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
-        raise ConfigError(f"{name} must be of type {wanted.__name__}, not {value!r}")
-    return value
+def _types() -> dict[str, Any]:
+    return {field.name: field.type for field in fields(Config)}  # this module does not postpone annotations
+
+
+def _value(written: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {written}")["value"]
+    except tomllib.TOMLDecodeError:
+        return written
+
+
+def _check_type(name: str, value: Any, wanted: Any) -> None:
+    """Raise unless the value is of the type; a bool does not pass as an int."""
+    if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
+        kind = wanted.__name__ if isinstance(wanted, type) else str(wanted).removesuffix(" | None")
+        raise ConfigError(f"{name} must be of type {kind}, not {value!r}")
 
 
 def _refuse_unknown(values: Iterable[str], known: list[str]) -> None:

@@ -7,7 +7,8 @@ from pbsp.allocation import CoarseAllocation
 from pbsp.packed_linear import PackedLinear
 from pbsp.pruning.pattern import format_patterns
 from pbsp.storage.bits import stored_bits
-from pbsp.storage.layouts import Form
+from pbsp.storage.counting import count_bits
+from pbsp.storage.layouts import Form, Representation
 
 
 @dataclass(frozen=True)
@@ -15,7 +16,7 @@ class LayerReport:
     """One compressed linear layer.
 
     Attributes:
-        layout: how it is stored, "planes" or "paper".
+        layout: how it is stored, "planes" or "paper"; "none" for values that no layout holds.
         nominal_bits: sign bits per weight, as the paper counts; no masks, no scales.
         stored_bits: bits per weight of the layer's stored tensors, scales and padding included.
         output_error: tr(R S Rᵀ)/tr(W S Wᵀ) on the calibration moment S that the layer was solved with.
@@ -37,6 +38,23 @@ class LayerReport:
         nominal = layer.form.nominal_bits(tensors.__getitem__)
         return LayerReport.counted(
             name, layer.form, nominal, bits=stored_bits(tensors.values()), output_error=output_error
+        )
+
+    @staticmethod
+    def of_values(
+        name: str, representation: Representation, pattern: str, output_error: float
+    ) -> "LayerReport":
+        """The bits that the numbers of `representation` would take; it has no layout."""
+        rows, columns = representation.dense().shape
+        return LayerReport(
+            name=name,
+            layout="none",
+            pattern=pattern,
+            out_features=rows,
+            in_features=columns,
+            nominal_bits=representation.nominal_bits,
+            stored_bits=count_bits(representation) / (rows * columns),
+            output_error=output_error,
         )
 
     @staticmethod
@@ -88,9 +106,10 @@ class CompressionReport:
 
     Attributes:
         nominal_bits, stored_bits: see `Bits`.
+        packed: whether every layer has a layout, so that the model can be saved as small as it is.
         left_uncompressed: linear layer → reason.
         plain_moments: attention whose values could not be weighted by it → reason.
-        coarse: the paper's allocation over blocks, where it was asked for.
+        coarse: an allocation over blocks, where it was asked for.
         source: the model that was compressed.
         source_bytes: size of its weight files; 0 where that is not known.
         calibration: what the moments were measured on (`Windows.describe`).
@@ -101,6 +120,7 @@ class CompressionReport:
     nominal_bits: float
     stored_bits: float
     layers: tuple[LayerReport, ...]
+    packed: bool
     left_uncompressed: dict[str, str]
     plain_moments: dict[str, str]
     coarse: CoarseAllocation | None
@@ -111,5 +131,8 @@ class CompressionReport:
     peak_rss_bytes: int
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(self)
+        """Plain values for JSON; with the cosines that the paper's importances come from."""
+        values = asdict(self)
+        if self.coarse is not None and self.coarse.rule == "paper":
+            values["coarse"]["cosines"] = [1 - importance for importance in self.coarse.importances]
+        return values

@@ -45,8 +45,11 @@ def save_compressed(
     """Write a model that `compress` has packed; `folder` appears only when it is whole.
 
     Raises:
-        OutputError: see `check_target`; or the folder cannot be created, or the disk is full.
+        OutputError: see `check_target`; or the model is not packed, or the folder cannot be created, or
+            the disk is full.
     """
+    if not report.packed:
+        raise OutputError("the model is not packed: its method has no layout, only its bits are counted")
     check_target(Path(folder), source=report.source, overwrite=overwrite)
     with new_folder(Path(folder), overwrite=overwrite) as partial:
         with quiet_libraries():

@@ -3,7 +3,7 @@ import torch
 
 from oracles import coefficients_by_least_squares
 from pbsp.binarization.grouped_fit import BlockFit
-from pbsp.binarization.partition import salient_columns, trisect
+from pbsp.binarization.partition import magnitude_groups, salient_columns
 
 
 def problem(rows=6, columns=32, seed=0):
@@ -12,7 +12,11 @@ def problem(rows=6, columns=32, seed=0):
     weight = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
     keep = torch.rand(rows, columns, generator=generator) < 0.8
     salient = salient_columns(weight, keep, weight.square())
-    return inputs, weight, BlockFit.start(weight, keep, salient, trisect(weight, keep & ~salient))
+    return (
+        inputs,
+        weight,
+        BlockFit.start(weight, keep, salient, magnitude_groups(weight, keep & ~salient, groups=3)),
+    )
 
 
 def loss(fit, weight, metric):

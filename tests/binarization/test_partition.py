@@ -1,7 +1,7 @@
 import torch
 
 from oracles import salient_count_by_trying
-from pbsp.binarization.partition import salient_columns, trisect
+from pbsp.binarization.partition import magnitude_groups, salient_columns
 
 
 def problem(rows=6, columns=16, seed=0):
@@ -33,7 +33,7 @@ def test_at_most_half_the_columns_and_at_most_fifty_are_salient():
 
 def test_magnitude_groups_are_split_at_p_and_twice_p():
     weight, keep = problem(rows=40, columns=64)
-    groups = trisect(weight, keep)
+    groups = magnitude_groups(weight, keep, groups=3)
     size = weight.abs()
     edges = [size[groups == group] for group in range(3)]
     assert edges[0].max() <= edges[1].min()
@@ -49,11 +49,28 @@ def test_three_clusters_of_magnitudes_are_told_apart():
     weight = torch.tensor([0.1, 0.4, 1.0])[group] * (
         torch.randint(0, 2, (20, 32), generator=generator) * 2 - 1
     )
-    assert torch.equal(trisect(weight, torch.ones(20, 32, dtype=torch.bool)).long(), group)
+    assert torch.equal(magnitude_groups(weight, torch.ones(20, 32, dtype=torch.bool), groups=3).long(), group)
 
 
 def test_a_block_of_zeros_has_one_group():
     zeros = torch.zeros(2, 8)
     keep = torch.ones(2, 8, dtype=torch.bool)
-    assert (trisect(zeros, keep) == 0).all()
+    assert (magnitude_groups(zeros, keep, groups=3) == 0).all()
     assert not salient_columns(zeros, keep, zeros).any()
+
+
+def test_two_groups_are_split_where_binarizing_each_leaves_the_least_error():
+    weight, keep = problem(rows=20, columns=32)
+    size, largest = weight.abs(), float((weight.abs() * keep).max())
+
+    def error(groups):
+        total = 0.0
+        for row in range(len(weight)):
+            for group in (0, 1):
+                values = size[row][keep[row] & (groups[row] == group)]
+                total += float((values - values.mean()).square().sum()) if len(values) else 0.0
+        return total
+
+    candidates = [(size / largest * 64).floor().clamp_max(63) >= split for split in range(1, 64)]
+    best = min(error(candidate.to(torch.uint8)) for candidate in candidates)
+    assert abs(error(magnitude_groups(weight, keep, groups=2)) - best) < 1e-3 * best

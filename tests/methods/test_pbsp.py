@@ -79,4 +79,4 @@ def test_unknown_choices_and_untileable_rows_are_refused():
     with pytest.raises(ConfigError, match="updates is 0"):
         Pbsp(Pattern(4, 8), updates=0)
     with pytest.raises(PatternError):
-        Pbsp(Pattern(4, 7)).compress(*problem())
+        Pbsp(Pattern(4, 7), block=7).compress(*problem())

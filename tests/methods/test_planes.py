@@ -29,14 +29,14 @@ def assert_valid(planes):
 @pytest.mark.parametrize("rows", [1, 3])
 def test_fit_keeps_exactly_n_of_m_and_storable_scales(text, rows):
     weight, moment = problem(rows=rows)
-    planes = PlaneFit(parse_patterns(text), scale_block=32).compress(weight, moment)
+    planes = PlaneFit(parse_patterns(text), block=32).compress(weight, moment)
     assert_valid(planes)
     assert planes.scales.shape == (len(planes.patterns), rows, 2)
 
 
 def test_fit_beats_magnitude_binarization_by_far():
     weight, moment = problem(rows=64)
-    fit = PlaneFit(parse_patterns("4:8"), scale_block=32).compress(weight, moment)
+    fit = PlaneFit(parse_patterns("4:8"), block=32).compress(weight, moment)
     grouped = weight.view(64, -1, 8)
     kept = torch.zeros_like(grouped).scatter_(2, grouped.abs().topk(4, 2).indices, 1.0).view_as(weight)
     scale = (weight.abs() * kept).view(64, 2, 32).sum(2, keepdim=True) / 16
@@ -62,7 +62,7 @@ def test_weights_that_are_planes_already_are_found_exactly():
     support = torch.rand(6, 8, 8, generator=generator).topk(4, 2).indices
     signs = torch.randint(0, 2, (6, 8, 4), generator=generator) * 2.0 - 1
     weight = 0.75 * torch.zeros(6, 8, 8).scatter_(2, support, signs).view(6, 64)
-    planes = PlaneFit(parse_patterns("4:8"), scale_block=64).compress(weight, torch.eye(64))
+    planes = PlaneFit(parse_patterns("4:8"), block=64).compress(weight, torch.eye(64))
     assert torch.equal(planes.dense(), weight)
 
 
@@ -78,7 +78,7 @@ def test_weights_that_are_planes_already_are_found_exactly():
 )
 @pytest.mark.parametrize("text", ["2:4", "2:4+1:4"])
 def test_degenerate_rows_give_valid_finite_planes(weight, text):
-    planes = PlaneFit(parse_patterns(text), scale_block=16).compress(weight, torch.eye(16))
+    planes = PlaneFit(parse_patterns(text), block=16).compress(weight, torch.eye(16))
     assert_valid(planes)
     assert torch.isfinite(planes.dense()).all()
     assert output_error(weight, planes.dense(), torch.eye(16)) <= 1.0
@@ -101,7 +101,7 @@ def test_a_moment_of_few_tokens_is_solved(tokens):
 def test_rows_that_do_not_tile_and_bad_moments_are_refused():
     weight, moment = problem()
     with pytest.raises(PatternError, match="left over"):
-        PlaneFit((Pattern(4, 7),)).compress(weight, moment)
+        PlaneFit((Pattern(4, 7),), block=7).compress(weight, moment)
     moment[0, 0] = float("nan")
     with pytest.raises(CalibrationError):
         PlaneFit((Pattern(4, 8),)).compress(weight, moment)

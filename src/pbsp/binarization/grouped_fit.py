@@ -1,8 +1,9 @@
 """Fitting one block of a grouped binarization: coefficients under the metric, signs given the coefficients.
 
-The block is a linear model in nine coefficients per row (`grouped.SCALARS`): each stands before a
-*term*, a sign pattern or an indicator on one group's kept weights. SPBO's updates of α and μ
-(arXiv 2502.01705, eqs. 3-4) are then the normal equations of these terms.
+The block is a linear model in a few coefficients per row (`grouped.Scheme`; the paper has nine): each
+stands before a *term*, a sign pattern or an indicator on one level's kept weights. SPBO's updates of α
+and μ (arXiv 2502.01705, eqs. 3-4) are then the normal equations of these terms, and ARB's are the same
+with the identity for a metric.
 """
 
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
-from pbsp.binarization.grouped import GROUPS, SCALARS
+from pbsp.binarization.grouped import PAPER, Level, Scheme
 from pbsp.binarization.planes import signs_of
 
 _RIDGE = 1e-4  # of the mean diagonal: groups of one weight cannot tell α from μ
@@ -24,9 +25,11 @@ class BlockFit:
     Attributes:
         keep: the kept weights.
         salient: columns with two terms.
-        groups: magnitude group of every weight outside salient columns.
+        groups: magnitude group of every weight, among those of its kind of column.
         signs: B; residual_signs: B₂, read in salient columns alone.
-        coefficients: in the order of `grouped.SCALARS`.
+        coefficients: in the order of `scheme.levels()`.
+        scheme: which levels there are.
+        column_scales: factors of each coefficient's term in each column; None where all are 1.
     """
 
     keep: Bool[Tensor, "out in"]
@@ -35,6 +38,8 @@ class BlockFit:
     signs: Float[Tensor, "out in"]
     residual_signs: Float[Tensor, "out in"]
     coefficients: Float[Tensor, "out scalars"]
+    scheme: Scheme = PAPER
+    column_scales: Float[Tensor, "scalars in"] | None = None
 
     @staticmethod
     def start(
@@ -42,23 +47,48 @@ class BlockFit:
         keep: Bool[Tensor, "out in"],
         salient: Bool[Tensor, "in"],
         groups: UInt8[Tensor, "out in"],
+        scheme: Scheme = PAPER,
     ) -> "BlockFit":
-        """Signs of the weights, and of what one mean magnitude leaves of them; no coefficients yet."""
-        signs = signs_of(weight)
-        kept = (keep & salient).to(weight.dtype)
-        mean = (weight.abs() * kept).sum(1, keepdim=True) / kept.sum(1, keepdim=True).clamp_min(1)
-        residual_signs = signs_of(weight - mean * signs)
-        return BlockFit(keep, salient, groups, signs, residual_signs, weight.new_zeros(len(weight), SCALARS))
+        """The base binarizer: in each level μ = mean w, B = sign(w − μ), α = mean |w − μ|.
+
+        In salient columns the residual is binarized once more, by its own mean and mean magnitude;
+        the two means are one number. Source: arXiv 2502.01705, eq. 1 and section 3.
+        """
+        coefficients = weight.new_zeros(len(weight), scheme.scalars)
+        groups = torch.where(salient, groups.clamp_max(max(scheme.salient_groups - 1, 0)), groups)
+        fit = BlockFit(keep, salient, groups, signs_of(weight), signs_of(weight), coefficients, scheme)
+        signs, residual_signs = fit.signs, fit.residual_signs
+        for level in scheme.levels():
+            member = keep & fit.members(level)
+            mean, centred = _centred(weight, member, means=scheme.means)
+            signs = torch.where(fit.members(level), signs_of(centred), signs)
+            alpha = _member_mean(centred.abs(), member)
+            coefficients[:, level.alpha] = alpha[:, 0]
+            if level.second is not None:
+                shift, rest = _centred(centred - alpha * signs, member, means=scheme.means)
+                mean = mean + shift
+                residual_signs = torch.where(fit.members(level), signs_of(rest), residual_signs)
+                coefficients[:, level.second] = _member_mean(rest.abs(), member)[:, 0]
+            if level.mean is not None:
+                coefficients[:, level.mean] = mean[:, 0]
+        return replace(fit, signs=signs, residual_signs=residual_signs)
+
+    def members(self, level: Level) -> Bool[Tensor, "out in"]:
+        """The level's weights, kept or not."""
+        return (self.salient == level.salient) & (self.groups == level.group)
 
     def terms(self) -> Float[Tensor, "out scalars in"]:
         """What each coefficient multiplies."""
         parts: list[Tensor] = []
-        for group in range(GROUPS):
-            member = (self.keep & ~self.salient & (self.groups == group)).to(self.signs.dtype)
-            parts += [self.signs * member, member]
-        member = (self.keep & self.salient).to(self.signs.dtype)
-        parts += [self.signs * member, self.residual_signs * member, member]
-        return torch.stack(parts, 1)
+        for level in self.scheme.levels():
+            member = (self.keep & self.members(level)).to(self.signs.dtype)
+            parts.append(self.signs * member)
+            if level.second is not None:
+                parts.append(self.residual_signs * member)
+            if level.mean is not None:
+                parts.append(member)
+        terms = torch.stack(parts, 1)
+        return terms if self.column_scales is None else terms * self.column_scales
 
     def dense(self) -> Float[Tensor, "out in"]:
         """The block's approximation; exactly 0 where a weight is pruned."""
@@ -85,28 +115,44 @@ class BlockFit:
         if not alternations:
             return replace(self, coefficients=torch.linalg.solve(system, right))
         solution = self.coefficients.clone()
+        order = self._alternation_order()
         for _ in range(alternations):
-            for index in _ALTERNATION_ORDER:
+            for index in order:
                 others = (system[:, index] * solution).sum(1) - system[:, index, index] * solution[:, index]
                 solution[:, index] = (right[:, index] - others) / system[:, index, index]
         return replace(self, coefficients=solution)
 
+    def _alternation_order(self) -> list[int]:
+        """Level by level, μ before the α, as the paper updates them."""
+        positions = [(level.mean, level.alpha, level.second) for level in self.scheme.levels()]
+        return [position for level in positions for position in level if position is not None]
+
     def refresh(self, weight: Float[Tensor, "out in"]) -> "BlockFit":
-        """The nearest level for every weight, coefficients fixed: B = sign(w − μ), two signs if salient."""
-        values = self.coefficients
-        mean = torch.where(self.salient, values[:, -1:], 0.0)
-        slope = torch.ones_like(weight)
-        for group in range(GROUPS):
-            member = (self.groups == group) & ~self.salient
-            mean = torch.where(member, values[:, 2 * group + 1, None], mean)
-            slope = torch.where(member, signs_of(values[:, 2 * group, None]), slope)
-        centred = weight - mean
-        signs, residual_signs = _nearest_of_four(centred, values[:, -3, None], values[:, -2, None])
-        signs = torch.where(self.salient, signs, signs_of(centred) * slope)
+        """The nearest value for every weight, coefficients fixed: B = sign(w − μ), two signs if salient."""
+        signs, residual_signs = self.signs, self.residual_signs
+        for level in self.scheme.levels():
+            member = self.members(level)
+            centred = weight if level.mean is None else weight - self.coefficients[:, level.mean, None]
+            alpha = self.coefficients[:, level.alpha, None]
+            if level.second is None:
+                nearest = signs_of(centred) * signs_of(alpha)
+            else:
+                second = self.coefficients[:, level.second, None]
+                nearest, nearest_residual = _nearest_of_four(centred, alpha, second)
+                residual_signs = torch.where(member, nearest_residual, residual_signs)
+            signs = torch.where(member, nearest, signs)
         return replace(self, signs=signs, residual_signs=residual_signs)
 
 
-_ALTERNATION_ORDER = (1, 0, 3, 2, 5, 4, 8, 6, 7)  # μ before α, as the paper updates them
+def _member_mean(values: Tensor, member: Tensor) -> Tensor:
+    """Mean over each row's members, 0 where there is none."""
+    return (values * member).sum(1, keepdim=True) / member.sum(1, keepdim=True).clamp_min(1)
+
+
+def _centred(values: Tensor, member: Tensor, *, means: bool) -> tuple[Tensor, Tensor]:
+    """The members' mean, or 0, and what is left of the values."""
+    mean = _member_mean(values, member) if means else values.new_zeros(len(values), 1)
+    return mean, values - mean
 
 
 def _nearest_of_four(centred: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:

@@ -44,31 +44,34 @@ def salient_columns(
     return salient
 
 
-def trisect(weight: Float[Tensor, "out in"], keep: Bool[Tensor, "out in"]) -> UInt8[Tensor, "out in"]:
-    """Each weight's magnitude group: 0 up to p₁, 1 up to p₂ = 2·p₁, 2 beyond; p₁ is searched on kept weights.
+def magnitude_groups(
+    weight: Float[Tensor, "out in"], keep: Bool[Tensor, "out in"], *, groups: int
+) -> UInt8[Tensor, "out in"]:
+    """Each weight's magnitude group, the small ones first; split points are searched on kept weights.
 
-    Entries that are not kept get the group of their magnitude too.
+    Two groups are split at one point p₁, three at p₁ and p₂ = 2·p₁. Entries that are not kept get the
+    group of their magnitude too.
 
-    Source: STBLLM (arXiv 2408.01803), trisection search.
+    Source: BiLLM (arXiv 2402.04291), splitting search; STBLLM (arXiv 2408.01803), trisection search.
     """
     size = weight.abs()
     largest = (size * keep).amax()
-    if largest == 0:
+    if groups == 1 or largest == 0:
         return torch.zeros_like(weight, dtype=torch.uint8)
     bins = (size / largest * _BINS).long().clamp_max(_BINS - 1)
     kept = keep.to(size.dtype)
     empty = size.new_zeros(len(weight), _BINS)
     total = torch.nn.functional.pad(empty.scatter_add(1, bins, size * kept).cumsum(1), (1, 0))
     count = torch.nn.functional.pad(empty.scatter_add(1, bins, kept).cumsum(1), (1, 0))
-    first = torch.arange(1, _BINS // 2 + 1, device=weight.device)
-    last = torch.full_like(first, _BINS)
-    edges = torch.stack([torch.zeros_like(first), first, 2 * first, last])
+    first = torch.arange(1, _BINS // (groups - 1) + (groups == 3), device=weight.device)
+    splits = [first * multiple for multiple in range(1, groups)]
+    edges = [torch.zeros_like(first), *splits, torch.full_like(first, _BINS)]
     explained = [
         _explained(total[:, high] - total[:, low], count[:, high] - count[:, low])
         for low, high in pairwise(edges)
     ]
-    split = first[torch.stack(explained).sum((0, 1)).argmax()]
-    return (bins >= split).to(torch.uint8) + (bins >= 2 * split).to(torch.uint8)
+    best = torch.stack(explained).sum((0, 1)).argmax()
+    return torch.stack([bins >= split[best] for split in splits]).sum(0).to(torch.uint8)
 
 
 def _explained(total: Tensor, count: Tensor) -> Tensor:

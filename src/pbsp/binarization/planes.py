@@ -53,6 +53,11 @@ class Planes:
         return Planes(parts[0].patterns, signs, scales, parts[0].scale_block)
 
     @property
+    def nominal_bits(self) -> float:
+        """Kept weights per weight, over all planes: sign bits, as the paper counts."""
+        return sum(pattern.nominal_bits for pattern in self.patterns)
+
+    @property
     def keep(self) -> Bool[Tensor, "planes out in"]:
         """True where a plane keeps a weight."""
         return self.signs != 0

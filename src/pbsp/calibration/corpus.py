@@ -130,6 +130,12 @@ def evaluation_windows(
     )
 
 
+def check_text(name: str) -> None:
+    """Read a file once before the model is loaded, to refuse a bad one; other texts are too far away."""
+    if name not in (SELF, "c4", "wikitext2"):
+        read_text(name, part="calibration", characters=None, seed=0)
+
+
 def _sampled(
     spec: Corpus,
     tokenizer: PreTrainedTokenizerBase | None,

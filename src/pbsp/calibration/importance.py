@@ -1,4 +1,4 @@
-"""How much each decoder block changes its hidden states: what the paper's coarse allocation ranks by."""
+"""How important each decoder block is: what coarse allocations rank by. One pass over the original each."""
 
 import math
 from collections.abc import Callable
@@ -12,7 +12,10 @@ from transformers import PreTrainedModel
 
 from pbsp.calibration.walk import block_input, hidden_of
 from pbsp.errors import CalibrationError
-from pbsp.models.blocks import Block
+from pbsp.models.blocks import Block, linear_weight
+from pbsp.pruning.scores import ScoreInputs, si
+
+_OUTLYING = 6  # times the mean of a linear's scores
 
 
 @torch.no_grad()
@@ -68,3 +71,49 @@ def token_cosines(
     x, y = before.double(), behind.double()
     norms = x.norm(dim=-1) * y.norm(dim=-1)
     return (x * y).sum(-1) / torch.where(norms == 0, 1.0, norms)
+
+
+@torch.no_grad()
+def outlier_ratios(
+    model: PreTrainedModel, blocks: list[Block], tokens: Int64[Tensor, "windows context"]
+) -> list[float]:
+    """Each block's share of weights whose standardized importance is above six times its linear's mean.
+
+    Args:
+        model: the original, on its device, in evaluation mode.
+        blocks: its decoder blocks.
+        tokens: calibration windows.
+
+    Raises:
+        CalibrationError: a linear layer's inputs are not finite, or it has none; names the layer.
+
+    Source: STBLLM (arXiv 2408.01803), after OWL (arXiv 2310.05175).
+    """
+    energies: dict[str, Tensor] = {}
+
+    def watch(name: str) -> Callable[..., None]:
+        def before(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            energy = args[0].reshape(-1, args[0].shape[-1]).float().square().sum(0) / tokens.numel()
+            energies[name] = energies[name] + energy if name in energies else energy
+
+        return before
+
+    with ExitStack() as hooks:
+        for block in blocks:
+            for name, module in block.linears().items():
+                hooks.enter_context(module.register_forward_pre_hook(watch(name)))
+        for window in tokens:
+            model.base_model(input_ids=window[None].to(model.device), use_cache=False)
+    return [_outlier_ratio(block, energies) for block in blocks]
+
+
+def _outlier_ratio(block: Block, energies: dict[str, Tensor]) -> float:
+    outlying = weights = 0
+    for name, module in block.linears().items():
+        if name not in energies or not bool(torch.isfinite(energies[name]).all()):
+            raise CalibrationError(f"{name}: its inputs are missing, NaN or infinite on the calibration text")
+        weight = linear_weight(module).float()
+        scores = si(ScoreInputs(weight, energies[name], torch.ones_like(energies[name])))
+        outlying += int((scores > _OUTLYING * scores.mean()).sum())
+        weights += scores.numel()
+    return outlying / weights

@@ -66,7 +66,18 @@ def read_text(name: str, *, part: Part, characters: int | None, seed: int) -> Te
 
 def _file(name: str) -> Text:
     path = Path(name).expanduser()
-    data = _bytes(name, path)
+    content = file_content(name)
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    kind = suffixes[-2] if suffixes[-1:] == [".gz"] and len(suffixes) > 1 else "".join(suffixes[-1:])
+    documents = tuple(_rows(name, content)) if kind in _JSON_LINES else (content,)
+    if not any(documents):
+        raise CorpusError(f"{name} has no text in any of its rows")
+    return Text(path.name, "whole file", documents, hashlib.sha256(content.encode()).hexdigest())
+
+
+def file_content(name: str) -> str:
+    """The text of a UTF-8 file, unpacked if it ends in `.gz`; CorpusError if it has none or is damaged."""
+    data = _bytes(name, Path(name).expanduser())
     if not data:
         raise CorpusError(f"{name} is empty")
     try:
@@ -78,12 +89,7 @@ def _file(name: str) -> Text:
         ) from None
     if "\0" in content:
         raise CorpusError(f"{name} is a binary file: it has a zero byte at offset {data.index(0)}")
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    kind = suffixes[-2] if suffixes[-1:] == [".gz"] and len(suffixes) > 1 else "".join(suffixes[-1:])
-    documents = tuple(_rows(name, content)) if kind in _JSON_LINES else (content,)
-    if not any(documents):
-        raise CorpusError(f"{name} has no text in any of its rows")
-    return Text(path.name, "whole file", documents, hashlib.sha256(data).hexdigest())
+    return content
 
 
 def _bytes(name: str, path: Path) -> bytes:
@@ -104,19 +110,25 @@ def _bytes(name: str, path: Path) -> bytes:
 
 
 def _rows(name: str, content: str) -> Iterator[str]:
-    """The texts of JSON lines; lines end at a newline only, as JSON strings may hold other separators."""
-    for number, line in enumerate(content.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise CorpusError(f"{name}, line {number} is not JSON: {error}") from None
+    """The texts of JSON lines."""
+    for number, row in json_lines(name, content):
         text = row.get("text") if isinstance(row, dict) else None
         if not isinstance(text, str):
             keys = f"its keys are {', '.join(row) or 'none'}" if isinstance(row, dict) else "it is no object"
             raise CorpusError(f"{name}, line {number} has no string under `text` ({keys})")
         yield text
+
+
+def json_lines(name: str, content: str) -> Iterator[tuple[int, Any]]:
+    """Number and value of each line; it ends at a newline only, as JSON strings may hold other separators."""
+    for number, line in enumerate(content.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except ValueError as error:
+            raise CorpusError(f"{name}, line {number} is not JSON: {error}") from None
+        yield number, value
 
 
 def _wikitext2(split: str) -> Text:

@@ -2,10 +2,10 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int64
@@ -21,11 +21,28 @@ Progress = Callable[[int, int], None]
 """Called with the forward passes done and the passes in all."""
 
 
+@runtime_checkable
+class Predictions(Protocol):
+    """What the original predicted on the windows, where that need not be found by running it.
+
+    Attributes:
+        vocabulary: tokens that it knows.
+        losses: the mean loss of every window.
+    """
+
+    vocabulary: int
+    losses: Sequence[float]
+
+    def logits(self, windows: slice) -> Float[Tensor, "windows context vocabulary"]:
+        """The logits at all positions of these windows."""
+        ...
+
+
 def evaluate(
     model: PreTrainedModel,
     windows: Windows,
     *,
-    original: PreTrainedModel | None = None,
+    original: PreTrainedModel | Predictions | None = None,
     batch: int = 1,
     progress: Progress | None = None,
 ) -> Evaluation:
@@ -41,7 +58,7 @@ def evaluate_all(
     models: Mapping[str, PreTrainedModel],
     windows: Windows,
     *,
-    original: PreTrainedModel | None = None,
+    original: PreTrainedModel | Predictions | None = None,
     batch: int = 1,
     progress: Progress | None = None,
 ) -> dict[str, Evaluation]:
@@ -51,7 +68,8 @@ def evaluate_all(
         models: by the name to report them under; the original itself may be one of them, and is
             then not run twice.
         windows: from `evaluation_windows`.
-        original: what to measure the divergence from; on any device.
+        original: what to measure the divergence from; on any device. Given as `Predictions`, on these
+            windows, it does not run.
         batch: windows per forward pass. The logits of one are context × vocabulary × 4 bytes.
         progress: told the forward passes done.
 
@@ -65,16 +83,21 @@ def evaluate_all(
     _check(runs, windows, original)
     scores = {name: _Scores(name) for name in runs}
     reference = _Scores("the original")
-    passes = -(-len(windows) // batch) * (len(runs) + (original is not None))
-    tell = _counter(progress, passes)
-    with _evaluating([*runs.values(), *([] if original is None else [original])]):
-        for tokens in windows.tokens.split(batch):
+    running = [*runs.values(), *([original] if isinstance(original, PreTrainedModel) else [])]
+    tell = _counter(progress, -(-len(windows) // batch) * len(running))
+    with _evaluating(running):
+        for first in range(0, len(windows), batch):
+            tokens = windows.tokens[first : first + batch]
             targets = tokens[:, windows.scored_from + 1 :]
             original_logits = None
-            if original is not None:
+            if isinstance(original, PreTrainedModel):
                 original_logits = _logits(original, tokens, windows.scored_from)
                 reference.add(original_logits, targets)
                 tell()
+            elif original is not None:
+                chosen = slice(first, first + len(tokens))
+                original_logits = original.logits(chosen)[:, windows.scored_from : -1]
+                reference.losses += original.losses[chosen]
             for name, model in runs.items():
                 scores[name].add(_logits(model, tokens, windows.scored_from), targets, original_logits)
                 tell()
@@ -147,6 +170,7 @@ class _Scores:
             dtype=str(model.dtype).removeprefix("torch."),
             device=str(model.device),
             threads=torch.get_num_threads(),
+            window_losses=tuple(self.losses),
             **divergence,
         )
 
@@ -158,20 +182,25 @@ def _logits(
     return model(input_ids=tokens.to(model.device), use_cache=False).logits[:, scored_from:-1]
 
 
-def _check(models: Mapping[str, PreTrainedModel], windows: Windows, original: PreTrainedModel | None) -> None:
+def _check(
+    models: Mapping[str, PreTrainedModel], windows: Windows, original: PreTrainedModel | Predictions | None
+) -> None:
     largest = int(windows.tokens.max())
-    for model in [*models.values(), *([original] if original is not None else [])]:
+    for model in [*models.values(), *([original] if isinstance(original, PreTrainedModel) else [])]:
         check_fit(model, windows.context, largest)
     if original is None:
         return
-    expected = original.config.get_text_config().vocab_size
+    expected = _vocabulary(original) if isinstance(original, PreTrainedModel) else original.vocabulary
     for name, model in models.items():
-        found = model.config.get_text_config().vocab_size
-        if found != expected:
+        if _vocabulary(model) != expected:
             raise ModelError(
-                f"{name} has a vocabulary of {found} tokens and the original one of {expected}; "
+                f"{name} has a vocabulary of {_vocabulary(model)} tokens and the original one of {expected}; "
                 "their divergence is not defined, so name the model that it was made from"
             )
+
+
+def _vocabulary(model: PreTrainedModel) -> int:
+    return model.config.get_text_config().vocab_size
 
 
 @contextmanager

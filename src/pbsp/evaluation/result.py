@@ -1,9 +1,13 @@
 """What an evaluation found, and on what: numbers that never travel without their text."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
+
+_ESTIMATES = ("loss", "loss_difference", "kl", "top1")
+_ON_WHAT = ("original_perplexity", "tokens", "windows", "context", "text", "split", "digest")
+_ON_WHICH_MACHINE = ("seed", "note", "dtype", "device", "threads")
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class Evaluation:
         loss_difference: the model's loss less the original's, paired per window.
         kl: KL(original ‖ model) over the whole vocabulary.
         top1: share of positions where both rank the same token first.
+        window_losses: the mean loss of every window; not in the JSON.
     """
 
     loss: Estimate
@@ -57,6 +62,7 @@ class Evaluation:
     loss_difference: Estimate | None = None
     kl: Estimate | None = None
     top1: Estimate | None = None
+    window_losses: tuple[float, ...] = field(default=(), compare=False, repr=False)
 
     @property
     def perplexity(self) -> float:
@@ -71,17 +77,25 @@ class Evaluation:
     def to_json(self) -> dict[str, Any]:
         """All numbers as plain JSON values; null where one is unknown or infinite."""
         values: dict[str, Any] = {"perplexity": self.perplexity, "stderr": self.stderr}
-        for name in ("loss", "loss_difference", "kl", "top1"):
+        for name in _ESTIMATES:
             estimate = getattr(self, name) or Estimate(math.nan, None)
             values |= {name: estimate.mean, f"{name}_stderr": estimate.stderr}
-        for name in ("original_perplexity", "tokens", "windows", "context", "text", "split", "digest"):
-            values[name] = getattr(self, name)
-        for name in ("seed", "note", "dtype", "device", "threads"):
-            values[name] = getattr(self, name)
+        values |= {name: getattr(self, name) for name in (*_ON_WHAT, *_ON_WHICH_MACHINE)}
         return {
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in values.items()
         }
+
+    @staticmethod
+    def from_json(values: Mapping[str, Any]) -> "Evaluation":
+        """The inverse of `to_json`."""
+        read = {name: values[name] for name in (*_ON_WHAT, *_ON_WHICH_MACHINE)}
+        for name in _ESTIMATES:
+            mean = values[name]
+            read[name] = None if mean is None else Estimate(mean, values[f"{name}_stderr"])
+        if read["original_perplexity"] is None and read["kl"] is not None:
+            read["original_perplexity"] = math.inf
+        return Evaluation(**read)
 
 
 def perplexity_of(loss: float) -> float:

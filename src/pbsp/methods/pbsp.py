@@ -1,20 +1,22 @@
 """Method `pbsp`: the paper's own, CFS masks and SPBO over salient and magnitude groups."""
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pbsp.binarization.grouped import GroupedBinarization
+from pbsp.binarization.grouped import PAPER, GroupedBinarization
 from pbsp.binarization.grouped_fit import BlockFit
-from pbsp.binarization.partition import salient_columns, trisect
+from pbsp.binarization.partition import magnitude_groups, salient_columns
 from pbsp.errors import ConfigError
+from pbsp.methods.blockwise import BlockProblem, fit_blocks
+from pbsp.methods.checks import check_blocks, check_choices
 from pbsp.pruning.keep import keep_largest
 from pbsp.pruning.pattern import Pattern
-from pbsp.pruning.scores import SCORES, ScoreInputs, hessian, removal_cost
-from pbsp.solver.compensation import compensated_sweep
-from pbsp.solver.hessian import damped, inverse_factor
+from pbsp.pruning.scores import SCORES, hessian, removal_cost
+from pbsp.solver.compensation import MODES
 
 RESIDUAL = "residual"
 CHOICES = {
@@ -23,6 +25,7 @@ CHOICES = {
     "target": ("full", "masked"),
     "update": ("joint", "alternating"),
     "metric": ("moment", "compensated"),
+    "compensation": MODES,
 }
 
 
@@ -44,13 +47,16 @@ class Pbsp:
         target: what a step is fitted to: the full block (eq. 2), or its kept weights alone (eq. 3).
         metric: "moment" is the block's part of H, as in the paper; "compensated" is what an error in the
             block costs after later columns have absorbed what they can.
+        compensation: how later blocks absorb a block's error, see `solver.compensation`.
         seed: of the random score.
 
     Source: arXiv 2502.01705, Alg. 1 and eqs. 2-8; groups from STBLLM (arXiv 2408.01803) and BiLLM
     (arXiv 2402.04291). Where the paper is silent the defaults are this project's, see docs/method.md.
     """
 
-    pattern: Pattern
+    rows_interact: ClassVar[bool] = True
+    """Salient columns and split points are chosen over all rows: linears must not be joined."""
+    pattern: Pattern = Pattern(4, 8)
     block: int = 128
     damping: float = 0.01
     score: str = RESIDUAL
@@ -60,12 +66,12 @@ class Pbsp:
     refresh: bool = True
     target: str = "full"
     metric: str = "moment"
+    compensation: str = "exact"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ConfigError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}")
+        check_choices(self, CHOICES)
+        check_blocks(self.block, self.damping, self.pattern)
         if self.updates < 1:
             raise ConfigError(f"updates is {self.updates}; at least 1 is needed")
 
@@ -78,32 +84,27 @@ class Pbsp:
             PatternError: the pattern does not tile a row.
             CalibrationError: the moment is not finite or, damped, not positive definite.
         """
-        self.pattern.check(weight.shape[1])
-        hessian = damped(moment, self.damping)
-        factor = inverse_factor(hessian).to(weight.dtype)
-        hessian = hessian.to(weight.dtype)
-        energy = moment.diagonal().to(weight.dtype)
-        fits: list[BlockFit] = []
+        return fit_blocks(
+            weight,
+            moment,
+            self._fit_block,
+            pattern=self.pattern,
+            block=self.block,
+            damping=self.damping,
+            compensation=self.compensation,
+            seed=self.seed,
+        )
 
-        def approximate(target: Tensor, columns: slice, compensated: Tensor) -> Tensor:
-            metric = compensated if self.metric == "compensated" else hessian[columns, columns]
-            inputs = ScoreInputs(target, energy[columns], factor.diagonal()[columns], self.seed + len(fits))
-            fit = self._fit_block(target, metric, inputs)
-            # What is stored is float16: the columns to come absorb its rounding, too.
-            fits.append(replace(fit, coefficients=fit.coefficients.half().to(target.dtype)))
-            return fits[-1].dense()
-
-        compensated_sweep(weight, factor, approximate, block=self.block)
-        return self._joined(fits)
-
-    def _fit_block(self, target: Tensor, metric: Tensor, inputs: ScoreInputs) -> BlockFit:
+    def _fit_block(self, problem: BlockProblem) -> BlockFit:
         """SPBO on one block: a partition from the weights that will stay, then prune and refit in steps."""
+        inputs, target = problem.inputs, problem.inputs.weight
+        metric = problem.metric if self.metric == "moment" else problem.compensated
         kept, group = self.pattern.kept, self.pattern.group
         saliency = hessian(inputs)
         scores = saliency if self.score == RESIDUAL else SCORES[self.score](inputs)
         final = keep_largest(scores, kept, group)
         salient = salient_columns(target, final, saliency)
-        groups = trisect(target, final & ~salient)
+        groups = magnitude_groups(target, final & ~salient, groups=PAPER.groups)
         fit = BlockFit.start(target, final, salient, groups)
         if self.steps == "one-shot":
             return self._update(fit.refit(target, metric), target, metric)
@@ -124,21 +125,3 @@ class Pbsp:
             wanted = target * fit.keep if self.target == "masked" else target
             fit = fit.refit(wanted, metric, alternations=0 if self.update == "joint" else 1)
         return fit
-
-    def _joined(self, fits: list[BlockFit]) -> GroupedBinarization:
-        """The blocks side by side, in the stored representation."""
-        keep = torch.cat([fit.keep for fit in fits], 1)
-        salient = torch.cat([fit.salient for fit in fits])
-        signs = torch.cat([fit.signs for fit in fits], 1)
-        residual_signs = torch.cat([fit.residual_signs for fit in fits], 1)
-        groups = torch.cat([fit.groups for fit in fits], 1)
-        # Signs are held as ±1 everywhere; only those of kept weights are stored.
-        return GroupedBinarization(
-            pattern=self.pattern,
-            signs=(signs * keep).to(torch.int8),
-            residual_signs=(residual_signs * (keep & salient)).to(torch.int8),
-            groups=torch.where(keep & ~salient, groups, 0).to(torch.uint8),
-            salient=salient[None],
-            scalars=torch.stack([fit.coefficients for fit in fits], 1).float(),
-            block=self.block,
-        )

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -11,7 +12,9 @@ from pbsp.binarization.codebook import best_codes
 from pbsp.binarization.planes import Planes, block_count, expand_scales, signs_of
 from pbsp.binarization.refinement import descend_codes, refit_scales
 from pbsp.binarization.scales import round_scales
-from pbsp.pruning.pattern import Pattern
+from pbsp.errors import ConfigError
+from pbsp.methods.checks import check_blocks
+from pbsp.pruning.pattern import Pattern, parse_patterns
 from pbsp.solver.compensation import compensated_sweep
 from pbsp.solver.hessian import damped, inverse_factor
 
@@ -24,7 +27,7 @@ class PlaneFit:
 
     Attributes:
         patterns: N:M of each plane, the coarse one first.
-        scale_block: columns that share one scale.
+        block: columns that share one scale.
         damping: ridge added to the moment, as a fraction of its mean diagonal.
         sweeps: rounds of coordinate descent, each followed by a joint refit of all scales.
 
@@ -32,10 +35,17 @@ class PlaneFit:
     again with the signs whenever a group is visited.
     """
 
-    patterns: tuple[Pattern, ...]
-    scale_block: int = 128
+    rows_interact: ClassVar[bool] = False
+    weighting: ClassVar[str] = "attention"
+    patterns: tuple[Pattern, ...] = parse_patterns("3:8+3:8+1:8")
+    block: int = 128
     damping: float = 0.01
     sweeps: int = 3
+
+    def __post_init__(self) -> None:
+        check_blocks(self.block, self.damping, *self.patterns)
+        if not 0 <= self.sweeps <= 1000:
+            raise ConfigError(f"sweeps is {self.sweeps}; it must be between 0 and 1000")
 
     def compress(self, weight: Float[Tensor, "out in"], moment: Float[Tensor, "in in"]) -> Planes:
         """Planes that minimise tr(R S Rᵀ), R = W − Q, for the moment S of the layer's inputs.
@@ -54,15 +64,15 @@ class PlaneFit:
         signs, scales = self._refit(weight, signs, hessian)
         for _ in range(self.sweeps):
             signs = descend_codes(
-                weight, signs, scales, hessian, patterns=self.patterns, scale_block=self.scale_block
+                weight, signs, scales, hessian, patterns=self.patterns, scale_block=self.block
             )
             signs, scales = self._refit(weight, signs, hessian)
-        return Planes(self.patterns, signs.to(torch.int8), scales.float(), self.scale_block)
+        return Planes(self.patterns, signs.to(torch.int8), scales.float(), self.block)
 
     def _first_scales(self, weight: Tensor) -> Tensor:
         """Each plane's mean kept magnitude per row and block, on the residual of the planes before it."""
         columns = weight.shape[1]
-        padding = block_count(columns, self.scale_block) * self.scale_block - columns
+        padding = block_count(columns, self.block) * self.block - columns
         residual = weight
         scales = []
         for pattern in self.patterns:
@@ -72,13 +82,9 @@ class PlaneFit:
                 torch.zeros_like(grouped).scatter_(2, kept, signs_of(grouped.gather(2, kept))).view_as(weight)
             )
             pairs = torch.stack([residual * signs, signs.abs()])
-            totals = (
-                torch.nn.functional.pad(pairs, (0, padding))
-                .view(2, len(weight), -1, self.scale_block)
-                .sum(-1)
-            )
+            totals = torch.nn.functional.pad(pairs, (0, padding)).view(2, len(weight), -1, self.block).sum(-1)
             scales.append(totals[0] / totals[1].clamp_min(1))
-            residual = residual - signs * expand_scales(scales[-1], self.scale_block, columns)
+            residual = residual - signs * expand_scales(scales[-1], self.block, columns)
         return torch.stack(scales)
 
     def _compensated_codes(self, weight: Tensor, factor: Tensor, scales: Tensor) -> Tensor:
@@ -93,7 +99,7 @@ class PlaneFit:
                     for low in range(columns.start, columns.stop, pattern.group):
                         group = slice(low, low + pattern.group)
                         near = slice(low - columns.start, group.stop - columns.start)
-                        scale = scales[plane, :, low // self.scale_block].contiguous()
+                        scale = scales[plane, :, low // self.block].contiguous()
                         old = codes[plane, group]
                         correlation = metric[near] @ residual + metric[near, near] @ (old * scale)
                         best = best_codes(
@@ -108,6 +114,6 @@ class PlaneFit:
 
     def _refit(self, weight: Tensor, signs: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor]:
         """Joint scales, made non-negative by turning their signs, rounded to the stored format."""
-        scales = refit_scales(weight, signs, hessian, self.scale_block)
-        signs = signs * expand_scales(signs_of(scales), self.scale_block, weight.shape[1])
+        scales = refit_scales(weight, signs, hessian, self.block)
+        signs = signs * expand_scales(signs_of(scales), self.block, weight.shape[1])
         return signs, round_scales(scales.abs()).to(weight.dtype)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
 
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from huggingface_hub.utils import logging as hub_logging
@@ -16,16 +17,14 @@ def quiet_libraries() -> Iterator[None]:
     level, hub_level = transformers_logging.get_verbosity(), hub_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
     hub_bars = not are_progress_bars_disabled()
-    gguf_bar = getattr(gguf_loading, "tqdm", None)  # a plain tqdm that no setting of transformers turns off
     transformers_logging.set_verbosity_error()
     hub_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     if hub_bars:
         disable_progress_bars()
-    if gguf_bar is not None:
-        setattr(gguf_loading, "tqdm", _no_bar)  # noqa: B010 - the name is not exported
     try:
-        yield
+        with no_bars(gguf_loading):
+            yield
     finally:
         transformers_logging.set_verbosity(level)
         hub_logging.set_verbosity(hub_level)
@@ -33,9 +32,20 @@ def quiet_libraries() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
         if hub_bars:
             enable_progress_bars()
-        if gguf_bar is not None:
-            setattr(gguf_loading, "tqdm", gguf_bar)  # noqa: B010
 
 
-def _no_bar(items: object, **settings: object) -> tqdm:
+@contextmanager
+def no_bars(*modules: ModuleType) -> Iterator[None]:
+    """No bars of modules that draw them with a plain `tqdm`, which no setting turns off."""
+    bars = [(module, module.tqdm) for module in modules if hasattr(module, "tqdm")]
+    for module, _ in bars:
+        setattr(module, "tqdm", _no_bar)  # noqa: B010 - the name is not exported
+    try:
+        yield
+    finally:
+        for module, bar in bars:
+            setattr(module, "tqdm", bar)  # noqa: B010
+
+
+def _no_bar(items: object = None, **settings: object) -> tqdm:
     return tqdm(items, **{**settings, "disable": True})  # pyright: ignore[reportArgumentType, reportCallIssue]

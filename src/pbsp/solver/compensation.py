@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+MODES = ("exact", "diagonal", "none")
 Approximate = Callable[[Tensor, slice, Tensor], Tensor]
 """(target (out, block), columns, metric (block, block)) → approximation (out, block)."""
 
@@ -17,13 +18,14 @@ def compensated_sweep(
     *,
     block: int,
     panel: int = 128,
+    mode: str = "exact",
 ) -> Float[Tensor, "out in"]:
     """Approximate `block` columns at a time; the columns to the right are moved to cancel the error.
 
     `approximate` sees the moved target of its block and the metric in which an error there costs
     what is left of it after the best correction by all later columns: G = (U_bbᵀ U_bb)⁻¹. With
     E = (W_b − Q_b) U_bb⁻¹ the rest moves by −E U_b,rest, which is the exact optimum for a block
-    fitted as a whole; dividing by diag(U_bb) alone, as column-wise code does, is not.
+    fitted as a whole; dividing by diag(U_bb) alone, as the code of BiLLM, ARB-LLM and STBLLM does, is not.
 
     Args:
         weight: the target; not changed.
@@ -31,6 +33,7 @@ def compensated_sweep(
         approximate: called once per block, left to right.
         block: columns per call; the last block may be narrower.
         panel: columns after which the far right is moved at once. Changes speed alone.
+        mode: "exact"; "diagonal" divides by diag(U_bb), as those papers' code; "none" moves nothing.
 
     Returns:
         The approximation (out, in), blocks joined.
@@ -49,7 +52,12 @@ def compensated_sweep(
             triangle = factor[low:high, low:high]
             result[:, low:high] = approximate(target[:, low:high], slice(low, high), block_metric(triangle))
             error = target[:, low:high] - result[:, low:high]
-            error = torch.linalg.solve_triangular(triangle, error, upper=True, left=False)
+            if mode == "exact":
+                error = torch.linalg.solve_triangular(triangle, error, upper=True, left=False)
+            elif mode == "diagonal":
+                error = error / triangle.diagonal()
+            else:
+                error.zero_()
             errors[:, low - start : high - start] = error
             target[:, high:stop] -= error @ factor[low:high, high:stop]
         target[:, stop:] -= errors @ factor[start:stop, stop:]

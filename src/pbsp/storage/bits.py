@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Integer
 from torch import Tensor
 
 CODES = "weight"
@@ -27,3 +28,19 @@ class TensorSpec(NamedTuple):
 def stored_bits(tensors: Iterable[Tensor]) -> int:
     """Bits that the data of `tensors` takes in a file, counted from their bytes."""
     return sum(tensor.nbytes * 8 for tensor in tensors)
+
+
+class Stream(NamedTuple):
+    """Numbers that a file would hold at `width` bits each, and what they are, in words.
+
+    The streams of a matrix, with its shape and its method's fields, are enough to rebuild it.
+    """
+
+    kind: str
+    numbers: Integer[Tensor, "count"]
+    width: int
+
+
+def streams_bits(streams: Iterable[Stream]) -> int:
+    """Bits that the numbers of `streams` take, end to end; no padding."""
+    return sum(stream.numbers.numel() * stream.width for stream in streams)

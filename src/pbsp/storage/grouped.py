@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int16, UInt8
 from torch import Tensor
 
-from pbsp.binarization.grouped import GROUPS, SCALARS, GroupedBinarization
+from pbsp.binarization.grouped import PAPER, GroupedBinarization
 from pbsp.binarization.planes import block_count
 from pbsp.errors import FormatError
 from pbsp.pruning.pattern import Pattern, format_patterns
@@ -22,7 +22,7 @@ SALIENT = "weight_salient"
 _MEMBER_WIDTH = 2
 _VALUES = (
     (0, 0, 0),
-    *((sign, 0, group) for group in range(GROUPS) for sign in (1, -1)),
+    *((sign, 0, group) for group in range(PAPER.groups) for sign in (1, -1)),
     *((sign, residual_sign, 0) for residual_sign in (-1, 1) for sign in (1, -1)),
 )
 """Sign, residual sign and group of every value that a weight can have in a row of a block."""
@@ -85,7 +85,7 @@ class GroupedForm:
                 (rows, row_bytes(self.pattern, self.in_features)), torch.uint8, "support and signs"
             ),
             MEMBERS: TensorSpec((rows, members), torch.uint8, "groups and residual signs"),
-            SCALAR_BITS: TensorSpec((rows, blocks, SCALARS), torch.int16, "scalars"),
+            SCALAR_BITS: TensorSpec((rows, blocks, PAPER.scalars), torch.int16, "scalars"),
             SALIENT: TensorSpec((self.salient_parts, columns), torch.uint8, "salient bitmaps"),
         }
 
@@ -181,7 +181,7 @@ class PackedGrouped:
                 matrix.signs != 0, matrix.signs < 0, matrix.residual_signs != 0, matrix.residual_signs > 0,
             )
         )  # fmt: skip
-        value = kept * (2 * (matrix.groups + plus + GROUPS * twice) + minus + 1)
+        value = kept * (2 * (matrix.groups + plus + PAPER.groups * twice) + minus + 1)
         block = torch.arange(self.form.in_features, device=device) // self.form.scale_block
         return values.gather(1, value + len(_VALUES) * block)
 
@@ -196,8 +196,10 @@ class PackedGrouped:
         check_padding(self.salient, form.in_features, SALIENT)
         for low, high in row_tiles(form.out_features, form.in_features, _TILE_WEIGHTS):
             part = self.rows(low, high).unpack()
-            if (largest := int(part.groups.max())) >= GROUPS:
-                raise FormatError(f"{MEMBERS} holds group {largest}; there are groups 0 to {GROUPS - 1}")
+            if (largest := int(part.groups.max())) >= PAPER.groups:
+                raise FormatError(
+                    f"{MEMBERS} holds group {largest}; there are groups 0 to {PAPER.groups - 1}"
+                )
             if int(part.residual_signs.max()) > 1:
                 raise FormatError(f"{MEMBERS} holds 2 or 3 in a salient column; a residual sign is 0 or 1")
         if not bool(torch.isfinite(self._float_scalars()).all()):
@@ -207,12 +209,19 @@ class PackedGrouped:
         return self.scalars.view(torch.float16).float()
 
 
+def fits_layout(matrix: GroupedBinarization) -> bool:
+    """Whether the layout can hold it: an N:M pattern, the paper's groups and no column scales."""
+    return matrix.pattern is not None and matrix.scheme == PAPER and matrix.column_scales is None
+
+
 def pack_grouped(matrix: GroupedBinarization) -> PackedGrouped:
-    """The stored bytes of `matrix`; `unpack` gives back the same fields.
+    """The stored bytes of `matrix`, which must be packable; `unpack` gives back the same fields.
 
     Raises:
         PatternError: the pattern does not tile the rows.
     """
+    assert fits_layout(matrix), "not of this layout"
+    assert matrix.pattern is not None
     rows, columns = matrix.signs.shape
     assert rows % len(matrix.salient) == 0, "the parts are not of equal size"
     form = GroupedForm((matrix.pattern,), columns, rows, matrix.block, len(matrix.salient))
@@ -221,7 +230,7 @@ def pack_grouped(matrix: GroupedBinarization) -> PackedGrouped:
     twice = _kept_twice(kept, matrix.salient)
     assert torch.equal(matrix.residual_signs.abs(), twice.to(torch.int8)), "residual signs are elsewhere"
     once = kept & ~twice
-    assert int(matrix.groups.max()) < GROUPS, "a group is out of range"
+    assert int(matrix.groups.max()) < PAPER.groups, "a group is out of range"
     assert not bool((matrix.groups.bool() & ~once).any()), "a group is given where there is none"
     scalars = matrix.scalars.to(torch.float16).contiguous()
     assert torch.equal(scalars.float(), matrix.scalars), "scalars were not rounded to float16"

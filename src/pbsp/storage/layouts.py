@@ -2,10 +2,11 @@
 
 from pbsp.binarization.grouped import GroupedBinarization
 from pbsp.binarization.planes import Planes
-from pbsp.storage.grouped import SALIENT, GroupedForm, PackedGrouped, pack_grouped
+from pbsp.quantization.integers import IntegerGroups
+from pbsp.storage.grouped import SALIENT, GroupedForm, PackedGrouped, fits_layout, pack_grouped
 from pbsp.storage.planes import OFFSETS, PackedPlanes, PlanesForm, pack_planes
 
-Representation = Planes | GroupedBinarization
+Representation = Planes | GroupedBinarization | IntegerGroups
 Form = PlanesForm | GroupedForm
 Packed = PackedPlanes | PackedGrouped
 
@@ -16,20 +17,25 @@ MARKERS = (OFFSETS, SALIENT)
 """Of each layout, the name of a tensor that only its packed linears have."""
 
 
+def is_packable(representation: Representation) -> bool:
+    """Whether there is a layout for it: rivals have none and are only counted, see `counting`."""
+    if isinstance(representation, GroupedBinarization):
+        return fits_layout(representation)
+    return isinstance(representation, Planes)
+
+
 def pack(representation: Representation) -> Packed:
-    """The stored bytes of `representation`; `unpack` gives it back.
+    """The stored bytes of a packable `representation`; `unpack` gives it back.
 
     Raises:
         PatternError: a pattern does not tile the rows.
     """
     if isinstance(representation, Planes):
         return pack_planes(representation)
+    assert isinstance(representation, GroupedBinarization), "not packable"
     return pack_grouped(representation)
 
 
 def join(parts: list[Representation]) -> Representation:
     """The matrix whose rows are those of `parts`, of one layout, one below the other."""
-    planes = [part for part in parts if isinstance(part, Planes)]
-    if planes:
-        return Planes.join(planes)
-    return GroupedBinarization.join([part for part in parts if isinstance(part, GroupedBinarization)])
+    return type(parts[0]).join(parts)  # pyright: ignore[reportArgumentType]

@@ -70,6 +70,11 @@ def _binomials(pattern: Pattern, device: torch.device) -> Int64[Tensor, "group k
     return torch.tensor(rows, dtype=torch.int64, device=device)
 
 
+def support_ranks(signs: Int8[Tensor, "rows in"], pattern: Pattern) -> Int64[Tensor, "rows groups"]:
+    """The colexicographic rank of each group's support, signs aside."""
+    return _rank(signs, pattern) >> pattern.kept
+
+
 def _rank(signs: Int8[Tensor, "rows in"], pattern: Pattern) -> Int64[Tensor, "rows groups"]:
     """Each group's code: the colexicographic rank of its support, then a bit per kept weight."""
     binomials = _binomials(pattern, signs.device)

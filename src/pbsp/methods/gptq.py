@@ -1,0 +1,80 @@
+"""Method `gptq`: integers of few bits, column by column, the rival that binarization has to beat."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from pbsp.errors import ConfigError
+from pbsp.quantization.integers import IntegerGroups
+from pbsp.quantization.ranges import Ranges, full_ranges, searched_ranges
+from pbsp.solver.compensation import compensated_sweep
+from pbsp.solver.hessian import damped, inverse_factor
+
+
+@dataclass(frozen=True)
+class Gptq:
+    """GPTQ without reordering of columns: each is rounded, those after it absorb its error.
+
+    Attributes:
+        bits: of a weight, 1 to 8.
+        block: columns of a row that share a scale and a zero point; found when the sweep reaches them,
+            so that they fit the weights as earlier columns have moved them.
+        damping: ridge added to the moment, as a fraction of its mean diagonal.
+        search: look for a range narrower than min/max, see `quantization.ranges`.
+
+    Raises:
+        ConfigError: a field is out of range.
+
+    Source: arXiv 2210.17323, Alg. 1, with its grouping and the asymmetric ranges of its released code.
+    Unlike that code's, weights of inputs that were never active are rounded as all others, not zeroed.
+    """
+
+    rows_interact: ClassVar[bool] = False
+    bits: int = 3
+    block: int = 128
+    damping: float = 0.01
+    search: bool = True
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.bits <= 8:
+            raise ConfigError(f"bits is {self.bits}; it must be between 1 and 8")
+        if self.block < 1:
+            raise ConfigError(f"block is {self.block}; at least 1 column must share a scale")
+        if not 0 <= self.damping <= 10:
+            raise ConfigError(f"damping is {self.damping}; it must be between 0 and 10 (0.01 is usual)")
+
+    def compress(self, weight: Float[Tensor, "out in"], moment: Float[Tensor, "in in"]) -> IntegerGroups:
+        """Integers that lower tr(R S Rᵀ), R = W − Q, for the moment S of the layer's inputs.
+
+        Raises:
+            CalibrationError: the moment is not finite or, damped, not positive definite.
+        """
+        factor = inverse_factor(damped(moment, self.damping)).to(weight.dtype)
+        codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+        found: list[Ranges] = []
+
+        def approximate(target: Tensor, columns: slice, _metric: Tensor) -> Tensor:
+            ranges = (searched_ranges if self.search else full_ranges)(target, self.bits)
+            found.append(ranges)
+            group = codes[:, columns]
+
+            def nearest(target: Tensor, column: slice, _metric: Tensor) -> Tensor:
+                code = ranges.codes(target)
+                group[:, column] = code
+                return ranges.values(code)
+
+            # What the sweep of a group's own columns needs is its corner of the factor: inside it the
+            # columns move each other, and the whole group's error then moves the columns after it.
+            return compensated_sweep(target, factor[columns, columns], nearest, block=1)
+
+        compensated_sweep(weight, factor, approximate, block=self.block)
+        return IntegerGroups(
+            codes=codes,
+            scales=torch.stack([ranges.scales for ranges in found], 1).float(),
+            zeros=torch.stack([ranges.zeros for ranges in found], 1).to(torch.uint8),
+            width=self.bits,
+            block=self.block,
+        )

@@ -1,0 +1,71 @@
+"""A matrix of small integers, Q = scale · (code − zero) with one pair per row and group of columns."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from pbsp.binarization.planes import expand_scales
+from pbsp.storage.bits import Stream
+
+
+@dataclass(frozen=True)
+class IntegerGroups:
+    """Asymmetric integers.
+
+    Attributes:
+        codes: 0 to 2^width − 1.
+        scales: float32 of float16 values, positive.
+        zeros: the code that stands for 0, 0 to 2^width − 1.
+        width: bits of a code and of a zero point.
+        block: columns that share a scale and a zero point; the last group of a row may be shorter.
+
+    Source: GPTQ (arXiv 2210.17323) as it is stored: at 128 columns 0.125 bits a weight for scales and
+    width / 128 for zero points on top of the width.
+    """
+
+    codes: UInt8[Tensor, "out in"]
+    scales: Float[Tensor, "out groups"]
+    zeros: UInt8[Tensor, "out groups"]
+    width: int
+    block: int
+
+    def dense(self) -> Float[Tensor, "out in"]:
+        """The float32 matrix that the integers stand for; exact, and so the same in any order."""
+        columns = self.codes.shape[1]
+        scales = expand_scales(self.scales, self.block, columns)
+        return scales * (self.codes.float() - expand_scales(self.zeros.float(), self.block, columns))
+
+    def split(self, rows: list[int]) -> list["IntegerGroups"]:
+        """The integers of consecutive runs of rows; copies, so that the whole can be freed."""
+        parts = (tensor.split(rows) for tensor in (self.codes, self.scales, self.zeros))
+        return [
+            IntegerGroups(codes.clone(), scales.clone(), zeros.clone(), self.width, self.block)
+            for codes, scales, zeros in zip(*parts, strict=True)
+        ]
+
+    @staticmethod
+    def join(parts: list["IntegerGroups"]) -> "IntegerGroups":
+        """The rows of `parts`, of equal width and group size, one below the other."""
+        return IntegerGroups(
+            codes=torch.cat([part.codes for part in parts]),
+            scales=torch.cat([part.scales for part in parts]),
+            zeros=torch.cat([part.zeros for part in parts]),
+            width=parts[0].width,
+            block=parts[0].block,
+        )
+
+    @property
+    def nominal_bits(self) -> float:
+        """Bits of a code alone, as papers count."""
+        return float(self.width)
+
+    def streams(self) -> list[Stream]:
+        """What a file needs to rebuild the matrix, its shape and fields aside."""
+        patterns = self.scales.half().view(torch.int16).int() & 0xFFFF
+        return [
+            Stream("codes", self.codes.flatten(), self.width),
+            Stream("scales", patterns.flatten(), 16),
+            Stream("zeros", self.zeros.flatten(), self.width),
+        ]
