@@ -218,3 +218,121 @@ def gptq_by_reinversion(weight, hessian, width, block, *, search):
         error = current[:, j] - torch.tensor(rounded, dtype=weight.dtype)
         current[:, j:] -= torch.outer(error / inverse[0, 0], inverse[0])
     return current
+
+
+def binarized_by_hand(values, *, terms=1, means=True):
+    """The base binarizer of a few numbers: what each is approximated by, zero counting as positive."""
+    total = [0.0] * len(values)
+    for _ in range(terms):
+        rest = [value - so_far for value, so_far in zip(values, total, strict=True)]
+        mean = sum(rest) / len(rest) if means and rest else 0.0
+        centred = [value - mean for value in rest]
+        alpha = sum(abs(value) for value in centred) / len(centred) if centred else 0.0
+        for place, value in enumerate(centred):
+            total[place] += mean + (-alpha if value < 0 else alpha)
+    return total
+
+
+def binarized_by_level(weight, keep, salient, groups, *, means=True):
+    """Each row's kept weights of a group and kind of column binarized together, salient ones twice."""
+    result = torch.zeros_like(weight)
+    for row in range(len(weight)):
+        levels = {}
+        for column in range(weight.shape[1]):
+            if keep[row, column]:
+                levels.setdefault((bool(salient[column]), int(groups[row, column])), []).append(column)
+        for (twice, _), columns in levels.items():
+            values = weight[row, columns].tolist()
+            fitted = binarized_by_hand(values, terms=1 + twice, means=means)
+            result[row, columns] = torch.tensor(fitted, dtype=weight.dtype)
+    return result
+
+
+def arb_by_loop(values, rounds):
+    """μ, α and the signs of one row after each round of ARB, from its base binarizer on."""
+    count = len(values)
+    mean = sum(values) / count
+    signs = [-1.0 if value < mean else 1.0 for value in values]
+    alpha = sum(abs(value - mean) for value in values) / count
+    states = [(mean, alpha, signs)]
+    for _ in range(rounds):
+        mean += sum(value - alpha * sign - mean for value, sign in zip(values, signs, strict=True)) / count
+        alpha = sum(sign * (value - mean) for value, sign in zip(values, signs, strict=True)) / count
+        signs = [-1.0 if value < mean else 1.0 for value in values]
+        states.append((mean, alpha, signs))
+    return states
+
+
+def rank_one_terms_by_loop(weight, member, terms, rounds):
+    """ARB-RC on the members: row scales, column scales, term after term, then all signs, by weight."""
+    rows, columns = weight.shape
+    inside = [[j for j in range(columns) if member[i, j]] for i in range(rows)]
+    r, c, b = [], [], []
+
+    def approximation(i, j, left_out=None):
+        return sum(r[t][i] * c[t][j] * b[t][i][j] for t in range(len(r)) if t != left_out)
+
+    w = weight.tolist()
+    for _ in range(terms):
+        rest = [[w[i][j] - approximation(i, j) for j in range(columns)] for i in range(rows)]
+        b.append([[-1.0 if value < 0 else 1.0 for value in row] for row in rest])
+        r.append([sum(abs(rest[i][j]) for j in inside[i]) / max(len(inside[i]), 1) for i in range(rows)])
+        c.append([1.0] * columns)
+    for _ in range(rounds):
+        for t in range(terms):
+            v = [
+                [b[t][i][j] * (w[i][j] - approximation(i, j, t)) for j in range(columns)] for i in range(rows)
+            ]
+            for i in range(rows):
+                below = sum(c[t][j] ** 2 for j in inside[i])
+                r[t][i] = sum(v[i][j] * c[t][j] for j in inside[i]) / below if below else 0.0
+            for j in range(columns):
+                there = [i for i in range(rows) if member[i, j]]
+                below = sum(r[t][i] ** 2 for i in there)
+                c[t][j] = sum(v[i][j] * r[t][i] for i in there) / below if below else 0.0
+        for i in range(rows) if terms > 1 else ():
+            for j in inside[i]:
+                choices = itertools.product((1.0, -1.0), repeat=terms)
+                sizes = [r[t][i] * c[t][j] for t in range(terms)]
+                best = min(
+                    choices, key=lambda s: abs(w[i][j] - sum(a * x for a, x in zip(s, sizes, strict=True)))
+                )
+                for t in range(terms):
+                    b[t][i][j] = best[t]
+    dense = torch.zeros_like(weight)
+    for i in range(rows):
+        for j in inside[i]:
+            dense[i, j] = approximation(i, j)
+    return dense
+
+
+def sparsegpt_by_reinversion(weight, hessian, pattern):
+    """SparseGPT from its definition: what is left of the hessian is inverted again for every column."""
+    current, keep = weight.clone(), torch.ones_like(weight, dtype=torch.bool)
+    columns = weight.shape[1]
+    inverses = [torch.linalg.inv(hessian[j:, j:]) for j in range(columns)]
+    for j in range(columns):
+        if j % pattern.group == 0:
+            for row in range(len(weight)):
+                cost = [float(current[row, q] ** 2 / inverses[q][0, 0]) for q in range(j, j + pattern.group)]
+                for q in sorted(range(pattern.group), key=cost.__getitem__)[: pattern.group - pattern.kept]:
+                    keep[row, j + q] = False
+        error = current[:, j] * ~keep[:, j] / inverses[j][0, 0]
+        current[:, j:] -= torch.outer(error, inverses[j][0])
+        current[:, j] *= keep[:, j]
+    return current, keep
+
+
+def sweep_by_columns(weight, factor, block, *, mode):
+    """The compensated sweep of rounding, one column's error after the other, as the papers' code has it."""
+    current = weight.clone()
+    for low in range(0, weight.shape[1], block):
+        high = min(low + block, weight.shape[1])
+        for j in range(low, high):
+            rounded = current[:, j].round()
+            if mode == "diagonal":
+                error = (current[:, j] - rounded) / factor[j, j]
+                for later in range(high, weight.shape[1]):
+                    current[:, later] -= error * factor[j, later]
+            current[:, j] = rounded
+    return current

@@ -1,5 +1,7 @@
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pbsp.allocation import coarse_allocation, coarse_plan, uniform_plan
 from pbsp.errors import ConfigError, PatternError
@@ -122,3 +124,52 @@ def test_outlier_allocations_fall_with_the_ratio_and_never_exceed_the_average(se
     by_importance = [coarse.kept[block] for block in sorted(range(17), key=lambda block: -ratios[block])]
     assert by_importance == sorted(by_importance, reverse=True)
     assert sum(coarse.kept) == 5 * 17
+
+
+@pytest.mark.parametrize(
+    ("ratios", "spread", "expected"),
+    [
+        ([1.0, 0.5, 0.0], 1, (5, 4, 3)),
+        ([0.0, 1.0, 0.5], 1, (3, 5, 4)),
+        ([1.0, 0.0, 0.0, 0.0], 1, (5, 4, 4, 3)),  # 5½ is cut to 5; 3½ rounds up, and the last is lowered
+        ([1.0, 1.0, 1.0, 0.0], 1, (5, 4, 4, 3)),  # 4½ rounds up, 2½ is cut to 3; two are lowered again
+        ([0.6, 0.5, 0.5, 0.5], 2, (6, 4, 3, 3)),  # 7 is cut to 6, 3 three times: one is raised
+        ([0.7], 2, (4,)),
+        ([0.2, 0.1], 0, (4, 4)),
+    ],
+)
+def test_outlier_allocations_computed_by_hand(ratios, spread, expected):
+    coarse = coarse_allocation(ratios, 4, 8, rule="outliers", spread=spread)
+    assert coarse.kept == expected
+    assert coarse.rule == "outliers"
+    assert coarse.importances == tuple(ratios)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_any_outlier_ratios_give_falling_n_and_an_average_that_cannot_be_raised(data):
+    ratios = data.draw(st.lists(st.floats(0, 1), min_size=1, max_size=8))
+    equal = data.draw(st.booleans())
+    sizes = [1 if equal else data.draw(st.sampled_from([1, 2, 3, 50])) for _ in ratios]
+    kept, group = data.draw(st.sampled_from([(4, 8), (5, 8), (2, 4), (7, 8), (8, 8)]))
+    spread = data.draw(st.integers(0, min(kept - 1, group - kept)))
+    chosen = coarse_allocation(ratios, kept, group, rule="outliers", spread=spread, sizes=sizes).kept
+    order = sorted(range(len(ratios)), key=lambda block: -ratios[block])
+    falling_kept = [chosen[block] for block in order]
+    assert falling_kept == sorted(falling_kept, reverse=True)
+    assert set(chosen) <= set(range(kept - spread, kept + spread + 1))
+    left = sum(size * (kept - n) for size, n in zip(sizes, chosen, strict=True))
+    assert left >= 0
+    if equal:
+        assert left == 0
+    highest = [kept + spread, *falling_kept]
+    for position, block in enumerate(order):
+        assert falling_kept[position] == highest[position] or sizes[block] > left
+
+
+def test_coarse_plan_follows_the_rule():
+    blocks = decoder_blocks(tiny_model())
+    plan, coarse = coarse_plan(blocks, Pattern(4, 8), [0.01, 0.03], rule="outliers", strict=True, spread=2)
+    assert coarse.kept == (2, 6)
+    for block, kept in zip(blocks, coarse.kept, strict=True):
+        assert {plan.patterns[name] for name in block.linears()} == {(Pattern(kept, 8),)}

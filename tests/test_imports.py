@@ -13,7 +13,7 @@ ALLOWED = {
     "binarization": {"errors", "pruning"},
     "solver": {"errors"},
     "methods": LOW,
-    "quantization": {"errors", "binarization", "storage"},
+    "quantization": {"binarization"},
     "storage": {"errors", "pruning", "binarization", "quantization"},
     "kernels": {"errors", "pruning", "binarization", "quantization", "storage"},
     "packed_linear": {"errors", "pruning", "binarization", "storage", "kernels"},

@@ -88,7 +88,7 @@ def compress(
     run = _Run(model, blocks, plan, config, seconds, tell)
     layers = tuple(run.compress_blocks(corpus.tokens))
     cast_stored(model, dtype)
-    provenance = {"config": config.to_dict(), "calibration": corpus.describe(), "versions": _versions()}
+    provenance = {"config": config.to_dict(), "calibration": corpus.describe(), "versions": versions()}
     if run.packed:
         attach(model, PbspQuantizationConfig(left_uncompressed=plan.left_uncompressed, provenance=provenance))
     left_weights = sum(linear_weight(model.get_submodule(name)).numel() for name in plan.left_uncompressed)
@@ -211,7 +211,7 @@ def _importances(rule: str, model: PreTrainedModel, blocks: list[Block], tokens:
     return [1 - cosine for cosine in block_cosines(model, blocks, tokens)]
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     """What the result depends on besides the settings."""
     packages = {name: version(name) for name in ("pbsp", "torch", "transformers")}
     return {"python": platform.python_version(), **packages}

@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from oracles import salient_count_by_trying
@@ -74,3 +75,31 @@ def test_two_groups_are_split_where_binarizing_each_leaves_the_least_error():
     candidates = [(size / largest * 64).floor().clamp_max(63) >= split for split in range(1, 64)]
     best = min(error(candidate.to(torch.uint8)) for candidate in candidates)
     assert abs(error(magnitude_groups(weight, keep, groups=2)) - best) < 1e-3 * best
+
+
+def test_three_groups_are_split_where_binarizing_each_leaves_the_least_error():
+    weight, keep = problem(rows=20, columns=32, seed=3)
+    bins = (weight.abs() / float((weight.abs() * keep).max()) * 64).floor().clamp_max(63)
+
+    def error(groups):
+        members = [(row, keep[i] & (groups[i] == g)) for i, row in enumerate(weight.abs()) for g in range(3)]
+        return sum(float((row[m] - row[m].mean()).square().sum()) for row, m in members if m.any())
+
+    errors = [error((bins >= split).long() + (bins >= 2 * split)) for split in range(1, 33)]
+    assert error(magnitude_groups(weight, keep, groups=3)) == pytest.approx(min(errors), rel=1e-5)
+
+
+def test_one_group_has_no_split_and_pruned_weights_do_not_count():
+    weight, keep = problem()
+    assert (magnitude_groups(weight, keep, groups=1) == 0).all()
+    for groups in (2, 3):
+        spoiled = torch.where(keep, weight, 100 * weight)
+        found = magnitude_groups(spoiled, keep, groups=groups)
+        assert torch.equal(found[keep], magnitude_groups(weight, keep, groups=groups)[keep])
+        assert found.max() == groups - 1
+
+
+@pytest.mark.parametrize("groups", [1, 2, 3])
+def test_equal_magnitudes_are_one_group(groups):
+    signs = torch.tensor([[1.0, -1.0] * 4])
+    assert len(magnitude_groups(signs, signs > -2, groups=groups).unique()) == 1

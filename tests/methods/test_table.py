@@ -4,31 +4,18 @@ import torch
 from pbsp.errors import ConfigError
 from pbsp.methods.arb import Arb
 from pbsp.methods.billm import Billm
+from pbsp.methods.gptq import Gptq
 from pbsp.methods.prune_then_binarize import PruneThenBinarize
 from pbsp.methods.stbllm import Stbllm
-from pbsp.methods.table import METHODS, build_method, packs, patterns_of
+from pbsp.methods.table import METHODS, build_method, option_types, packs, patterns_of
 from pbsp.pruning.pattern import Pattern
 from pbsp.storage.layouts import is_packable
-
-VARIANTS = [
-    *((name, {}) for name in METHODS),
-    *(("arb", {"variant": name, "bitmap": split}) for name in ("arb", "x", "rc") for split in (True, False)),
-    ("stbllm", {"zeros": "released"}),
-    ("prune-then-binarize", {"pruner": "wanda"}),
-    ("prune-then-binarize", {"pruner": "magnitude"}),
-]  # fmt: skip
-
-
-def problem(rows=12, columns=48, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    mix = torch.randn(columns, columns, generator=generator) * torch.rand(columns, generator=generator)
-    inputs = torch.randn(300, columns, generator=generator) @ mix
-    return torch.randn(rows, columns, generator=generator), inputs.T @ inputs / 300
+from variants import VARIANTS, layer_problem
 
 
 @pytest.mark.parametrize(("name", "options"), VARIANTS)
 def test_every_method_says_truly_whether_it_packs_and_splits_into_its_rows(name, options):
-    weight, moment = problem()
+    weight, moment = layer_problem()
     method = build_method(name, None, {"block": 32, **options})
     result = method.compress(weight, moment)
     assert is_packable(result) == packs(method)
@@ -67,3 +54,67 @@ def test_patterns_go_where_the_method_takes_them():
 def test_values_out_of_range_are_refused(kind, options, message):
     with pytest.raises(ConfigError, match=message):
         kind(**options)
+
+
+def test_unknown_names_and_options_are_refused_with_what_there_is():
+    with pytest.raises(ConfigError, match=r"method is 'obq'; choose one of planes, pbsp, rtn, .*binarize$"):
+        build_method("obq")
+    with pytest.raises(ConfigError, match=r"method rtn has no option 'damping'; it has block$"):
+        build_method("rtn", None, {"damping": 0.1})
+    with pytest.raises(ConfigError, match="has no option 'pattern'"):
+        build_method("billm", None, {"pattern": Pattern(4, 8)})
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "value", "kind"),
+    [
+        ("gptq", "bits", 3.0, "int"),
+        ("gptq", "bits", True, "int"),
+        ("gptq", "search", 1, "bool"),
+        ("gptq", "damping", True, "float"),
+        ("gptq", "damping", 10**400, "float"),
+        ("arb", "variant", None, "str"),
+        ("pbsp", "score", 1, "str"),
+    ],
+)
+def test_values_of_another_type_are_refused_in_one_line(name, option, value, kind):
+    with pytest.raises(ConfigError) as error:
+        build_method(name, None, {option: value})
+    assert str(error.value) == f"{option} must be of type {kind}, not {value!r}"
+
+
+def test_whole_numbers_are_taken_for_floats():
+    method = build_method("gptq", None, {"damping": 1})
+    assert method == Gptq(damping=1.0)
+    assert type(method.damping) is float
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("damping", [0.0, -1.0, 11.0, float("nan"), float("inf")])
+def test_no_method_takes_a_damping_that_is_no_ridge(name, damping):
+    if "damping" in option_types(name) and not (name == "gptq" and damping == 0):
+        with pytest.raises(ConfigError, match="damping is"):
+            build_method(name, None, {"damping": damping})
+    if "block" in option_types(name):
+        with pytest.raises(ConfigError, match="block is 0"):
+            build_method(name, None, {"block": 0})
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_options_are_the_fields_and_defaults_make_the_method(name):
+    method = build_method(name)
+    assert type(method) is METHODS[name]
+    again = build_method(
+        name, patterns_of(method) or None, {o: getattr(method, o) for o in option_types(name)}
+    )
+    assert again == method
+
+
+@pytest.mark.parametrize(("name", "options"), VARIANTS)
+def test_rows_are_independent_where_a_method_says_so(name, options):
+    weight, moment = layer_problem(dtype=torch.float64)
+    method = build_method(name, None, {"block": 32, **options})
+    together, alone = method.compress(weight, moment).dense()[:5], method.compress(weight[:5], moment).dense()
+    assert method.rows_interact or torch.equal(together, alone)
+    if name in ("billm", "arb", "stbllm", "pbsp") or options.get("pruner") == "si":
+        assert not torch.equal(together, alone)

@@ -4,7 +4,6 @@ import torch
 from oracles import ranges_by_trying
 from pbsp.quantization.integers import IntegerGroups
 from pbsp.quantization.ranges import full_ranges, searched_ranges
-from pbsp.storage.bits import streams_bits
 
 
 def random_integers(rows, columns, *, width=3, block=128, seed=0):
@@ -17,45 +16,6 @@ def random_integers(rows, columns, *, width=3, block=128, seed=0):
         width=width,
         block=block,
     )
-
-
-def half_of_bits(bits):
-    """The value of a float16 pattern, from the definition of the format."""
-    exponent, fraction = bits >> 10 & 31, bits & 1023
-    magnitude = (1024 + fraction) * 2.0 ** (exponent - 25) if exponent else fraction * 2.0**-24
-    return -magnitude if bits >> 15 else magnitude
-
-
-def rebuilt(streams, rows, columns, block):
-    """The matrix from its streams and shape alone, weight by weight."""
-    numbers = {stream.kind: iter(stream.numbers.tolist()) for stream in streams}
-    codes = [[next(numbers["codes"]) for _ in range(columns)] for _ in range(rows)]
-    groups = range(0, columns, block)
-    scales = [[half_of_bits(next(numbers["scales"])) for _ in groups] for _ in range(rows)]
-    zeros = [[next(numbers["zeros"]) for _ in groups] for _ in range(rows)]
-    assert all(next(rest, None) is None for rest in numbers.values())
-    return torch.tensor(
-        [
-            [scales[row][j // block] * (codes[row][j] - zeros[row][j // block]) for j in range(columns)]
-            for row in range(rows)
-        ]
-    )
-
-
-@pytest.mark.parametrize("width", [1, 3, 8])
-@pytest.mark.parametrize("block", [1, 47, 48, 49, 20])
-def test_streams_are_enough_to_rebuild_the_matrix(width, block):
-    integers = random_integers(3, 48, width=width, block=block)
-    streams = integers.streams()
-    for stream in streams:
-        assert 0 <= int(stream.numbers.min()) <= int(stream.numbers.max()) < 2**stream.width
-    assert torch.equal(rebuilt(streams, 3, 48, block), integers.dense())
-
-
-def test_bits_are_those_of_the_arithmetic():
-    integers = random_integers(10, 576, width=2)
-    assert streams_bits(integers.streams()) == 10 * (576 * 2 + 5 * (16 + 2))
-    assert integers.nominal_bits == 2
 
 
 def test_split_and_join_are_inverse_and_copy():

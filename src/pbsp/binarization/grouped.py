@@ -28,6 +28,11 @@ class Level(NamedTuple):
     second: int | None
     mean: int | None
 
+    @property
+    def positions(self) -> list[int]:
+        """Where all its scalars stand, in the order of an update: μ before the α."""
+        return [position for position in (self.mean, self.alpha, self.second) if position is not None]
+
 
 @dataclass(frozen=True)
 class Scheme:

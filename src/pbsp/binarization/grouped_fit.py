@@ -95,7 +95,12 @@ class BlockFit:
         return torch.bmm(self.coefficients[:, None], self.terms())[:, 0]
 
     def refit(
-        self, weight: Float[Tensor, "out in"], metric: Float[Tensor, "in in"], *, alternations: int = 0
+        self,
+        weight: Float[Tensor, "out in"],
+        metric: Float[Tensor, "in in"],
+        *,
+        alternations: int = 0,
+        ridge: float = _RIDGE,
     ) -> "BlockFit":
         """New coefficients for the same mask and signs.
 
@@ -105,27 +110,23 @@ class BlockFit:
             alternations: 0 solves for all coefficients at once. Otherwise so many rounds of single
                 updates, each coefficient against the target less all other terms (Gauss-Seidel);
                 they converge to the joint solution.
+            ridge: as a fraction of the normal equations' mean diagonal; single updates also work with 0.
         """
         terms = self.terms()
         seen = (terms.reshape(-1, terms.shape[2]) @ metric).view_as(terms)
         system = torch.bmm(seen, terms.transpose(1, 2))
         right = torch.bmm(seen, weight[:, :, None])[:, :, 0]
-        ridge = _RIDGE * system.diagonal(dim1=1, dim2=2).mean(1, keepdim=True) + 1e-20
-        system.diagonal(dim1=1, dim2=2).add_(ridge)
+        diagonal = system.diagonal(dim1=1, dim2=2)
+        diagonal.add_(ridge * diagonal.mean(1, keepdim=True) + 1e-20)
         if not alternations:
             return replace(self, coefficients=torch.linalg.solve(system, right))
         solution = self.coefficients.clone()
-        order = self._alternation_order()
+        order = [position for level in self.scheme.levels() for position in level.positions]
         for _ in range(alternations):
             for index in order:
-                others = (system[:, index] * solution).sum(1) - system[:, index, index] * solution[:, index]
-                solution[:, index] = (right[:, index] - others) / system[:, index, index]
+                others = (system[:, index] * solution).sum(1) - diagonal[:, index] * solution[:, index]
+                solution[:, index] = (right[:, index] - others) / diagonal[:, index]
         return replace(self, coefficients=solution)
-
-    def _alternation_order(self) -> list[int]:
-        """Level by level, μ before the α, as the paper updates them."""
-        positions = [(level.mean, level.alpha, level.second) for level in self.scheme.levels()]
-        return [position for level in positions for position in level if position is not None]
 
     def refresh(self, weight: Float[Tensor, "out in"]) -> "BlockFit":
         """The nearest value for every weight, coefficients fixed: B = sign(w − μ), two signs if salient."""
@@ -138,7 +139,7 @@ class BlockFit:
                 nearest = signs_of(centred) * signs_of(alpha)
             else:
                 second = self.coefficients[:, level.second, None]
-                nearest, nearest_residual = _nearest_of_four(centred, alpha, second)
+                nearest, nearest_residual = nearest_of_four(centred, alpha, second)
                 residual_signs = torch.where(member, nearest_residual, residual_signs)
             signs = torch.where(member, nearest, signs)
         return replace(self, signs=signs, residual_signs=residual_signs)
@@ -155,7 +156,7 @@ def _centred(values: Tensor, member: Tensor, *, means: bool) -> tuple[Tensor, Te
     return mean, values - mean
 
 
-def _nearest_of_four(centred: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+def nearest_of_four(centred: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     """The signs (s, t) for which s·first + t·second is nearest to each value."""
     # The four levels are symmetric: settle the sign of the larger step, then of the smaller one.
     outer_is_first = first.abs() >= second.abs()

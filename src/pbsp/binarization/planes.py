@@ -72,7 +72,7 @@ def expand_scales(
     scales: Float[Tensor, "*planes out blocks"], scale_block: int, in_features: int
 ) -> Float[Tensor, "*planes out in"]:
     """Each block's scale repeated over its columns."""
-    return scales.repeat_interleave(scale_block, dim=-1)[..., :in_features]
+    return scales.repeat_interleave(min(scale_block, in_features), dim=-1)[..., :in_features]
 
 
 def signs_of(values: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:

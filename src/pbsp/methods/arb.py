@@ -1,14 +1,14 @@
 """Method `arb`: ARB-LLM, BiLLM's groups with alternating refined binarization."""
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from pbsp.binarization.grouped import GroupedBinarization, Scheme
-from pbsp.binarization.grouped_fit import BlockFit
+from pbsp.binarization.grouped_fit import BlockFit, nearest_of_four
 from pbsp.binarization.planes import signs_of
 from pbsp.errors import ConfigError
 from pbsp.methods.billm import partitioned_fit
@@ -69,42 +69,77 @@ class Arb:
             return rank_one_scales(fit, target, rounds=self.rounds)
         identity = torch.eye(target.shape[1], dtype=target.dtype, device=target.device)
         for _ in range(self.rounds):
-            fit = fit.refit(target, identity, alternations=1).refresh(target)
+            fit = fit.refit(target, identity, alternations=1, ridge=0.0).refresh(target)
         if self.variant == "x":
-            fit = fit.refit(target, problem.metric, alternations=self.rounds)
+            fit = fit.refit(target, problem.metric, alternations=self.rounds, ridge=0.0)
         return fit
 
 
+class _Term(NamedTuple):
+    """α_row·α_column·B."""
+
+    signs: Float[Tensor, "out in"]
+    rows: Float[Tensor, "out"]
+    columns: Float[Tensor, "in"]
+
+    @property
+    def scales(self) -> Float[Tensor, "out in"]:
+        return torch.outer(self.rows, self.columns)
+
+    def dense(self) -> Float[Tensor, "out in"]:
+        return self.scales * self.signs
+
+    def refitted(self, values: Float[Tensor, "out in"], member: Float[Tensor, "out in"]) -> "_Term":
+        """The least-squares row scales, then the column scales under them; 0 where there is no member."""
+        seen = self.signs * values * member
+        rows = (seen @ self.columns) / (member @ self.columns.square()).clamp_min(1e-30)
+        columns = (rows @ seen) / (rows.square() @ member).clamp_min(1e-30)
+        return _Term(self.signs, rows, columns)
+
+
 def rank_one_scales(fit: BlockFit, weight: Float[Tensor, "out in"], *, rounds: int) -> BlockFit:
-    """In each level α_row·α_column·B by alternating least squares; in salient columns a second such term."""
+    """In each level α_row·α_column·B by alternating least squares; in salient columns two such terms.
+
+    The two are refitted in turns, each to what the other leaves, and their signs chosen again in every
+    round, as the authors' code does.
+    """
     coefficients = torch.zeros_like(fit.coefficients)
     factors = weight.new_ones(fit.scheme.scalars, weight.shape[1])
     signs, residual_signs = fit.signs, fit.residual_signs
     for level in fit.scheme.levels():
         member = fit.members(level)
-        signs = torch.where(member, signs_of(weight), signs)
-        rest = weight - _set_term(level.alpha, weight, member, coefficients, factors, rounds)
-        if level.second is not None:
-            residual_signs = torch.where(member, signs_of(rest), residual_signs)
-            _set_term(level.second, rest, member, coefficients, factors, rounds)
+        one = member.to(weight.dtype)
+        first = _start(weight, one)
+        if level.second is None:
+            for _ in range(rounds):
+                first = first.refitted(weight, one)
+        else:
+            second = _start(weight - first.dense(), one)
+            for _ in range(rounds):
+                first = first.refitted(weight - second.dense(), one)
+                second = second.refitted(weight - first.dense(), one)
+                nearest = nearest_of_four(weight, first.scales, second.scales)
+                first, second = (
+                    term._replace(signs=s) for term, s in zip((first, second), nearest, strict=True)
+                )
+            residual_signs = torch.where(member, second.signs, residual_signs)
+            coefficients[:, level.second], factors[level.second] = _split_scales(second, member)
+        signs = torch.where(member, first.signs, signs)
+        coefficients[:, level.alpha], factors[level.alpha] = _split_scales(first, member)
     return replace(
         fit, signs=signs, residual_signs=residual_signs, coefficients=coefficients, column_scales=factors
     )
 
 
-def _set_term(
-    position: int, values: Tensor, member: Tensor, coefficients: Tensor, factors: Tensor, rounds: int
-) -> Tensor:
-    """Write row and column scales of one term; returns what it stands for at the members."""
-    size, one = values.abs() * member, member.to(values.dtype)
-    rows, columns = values.new_ones(len(values)), values.new_ones(values.shape[1])
-    for _ in range(rounds):
-        rows = (size @ columns) / (one @ columns.square()).clamp_min(1e-30)
-        columns = (rows @ size) / (rows.square() @ one).clamp_min(1e-30)
-    # Column scales are near 1, so that both fit in float16; columns without a member stay at 1.
-    used = one.any(0)
-    mean = columns[used].mean() if bool(used.any()) else columns.new_ones(())
+def _start(values: Tensor, member: Tensor) -> _Term:
+    """The values' signs, and the mean magnitude of each row's members."""
+    rows = (values.abs() * member).sum(1) / member.sum(1).clamp_min(1)
+    return _Term(signs_of(values), rows, values.new_ones(values.shape[1]))
+
+
+def _split_scales(term: _Term, member: Tensor) -> tuple[Tensor, Tensor]:
+    """Row and column scales, those of columns near 1 so that both fit in float16; 1 without a member."""
+    used = member.any(0)
+    mean = term.columns[used].abs().mean() if bool(used.any()) else term.columns.new_ones(())
     mean = mean if mean > 0 else torch.ones_like(mean)
-    coefficients[:, position] = rows * mean
-    factors[position] = torch.where(used, columns / mean, 1.0)
-    return signs_of(values) * torch.outer(coefficients[:, position], factors[position])
+    return term.rows * mean, torch.where(used, term.columns / mean, 1.0)

@@ -37,7 +37,8 @@ class PruneThenBinarize:
     argues against.
     """
 
-    rows_interact: ClassVar[bool] = False
+    rows_interact: ClassVar[bool] = True
+    """By the score "si" alone, which compares a weight with the others of its column."""
     pattern: Pattern = Pattern(4, 8)
     pruner: str = SPARSEGPT
     block: int = 128

@@ -1,6 +1,6 @@
 """Method `stbllm`: STBLLM, N:M by standardized importance, then salient columns and three groups."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -66,7 +66,7 @@ class Stbllm:
     def _fit_block(self, problem: BlockProblem) -> BlockFit:
         target = problem.inputs.weight
         keep = keep_largest(SCORES[self.score](problem.inputs), self.pattern.kept, self.pattern.group)
-        fit = partitioned_fit(problem, keep, PAPER)
         if self.zeros == "kept":
-            return fit
-        return BlockFit.start(target * keep, torch.ones_like(keep), fit.salient, fit.groups, PAPER)
+            return partitioned_fit(problem, keep, PAPER)
+        pruned = replace(problem, inputs=replace(problem.inputs, weight=target * keep))
+        return partitioned_fit(pruned, torch.ones_like(keep), PAPER)

@@ -75,7 +75,7 @@ def build_method(
         if option not in types:
             raise ConfigError(f"method {name} has no option {option!r}; it has {', '.join(types)}")
         wanted = types[option]
-        if wanted is float and type(value) is int:
+        if wanted is float and type(value) is int and abs(value) < 2**53:
             chosen[option] = float(value)
         elif type(value) is not wanted:
             raise ConfigError(f"{option} must be of type {wanted.__name__}, not {value!r}")

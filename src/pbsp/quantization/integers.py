@@ -7,7 +7,6 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from pbsp.binarization.planes import expand_scales
-from pbsp.storage.bits import Stream
 
 
 @dataclass(frozen=True)
@@ -60,12 +59,3 @@ class IntegerGroups:
     def nominal_bits(self) -> float:
         """Bits of a code alone, as papers count."""
         return float(self.width)
-
-    def streams(self) -> list[Stream]:
-        """What a file needs to rebuild the matrix, its shape and fields aside."""
-        patterns = self.scales.half().view(torch.int16).int() & 0xFFFF
-        return [
-            Stream("codes", self.codes.flatten(), self.width),
-            Stream("scales", patterns.flatten(), 16),
-            Stream("zeros", self.zeros.flatten(), self.width),
-        ]

@@ -1,6 +1,7 @@
 """What a matrix would take in a file: the numbers to rebuild it from, where no layout packs it."""
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from pbsp.binarization.grouped import GroupedBinarization
@@ -23,9 +24,17 @@ def streams(representation: Representation) -> list[Stream]:
     They are enough to rebuild `dense`; the tests do.
     """
     if isinstance(representation, IntegerGroups):
-        return representation.streams()
+        return _integer_streams(representation)
     assert isinstance(representation, GroupedBinarization), "planes are always packed"
     return _grouped_streams(representation)
+
+
+def _integer_streams(matrix: IntegerGroups) -> list[Stream]:
+    return [
+        Stream("codes", matrix.codes.flatten(), matrix.width),
+        _halves("scales", matrix.scales),
+        Stream("zeros", matrix.zeros.flatten(), matrix.width),
+    ]
 
 
 def _grouped_streams(matrix: GroupedBinarization) -> list[Stream]:
@@ -44,8 +53,15 @@ def _grouped_streams(matrix: GroupedBinarization) -> list[Stream]:
         found.append(_bits("salient columns", matrix.salient.flatten()))
     found.append(_halves("scalars", matrix.scalars))
     if matrix.column_scales is not None:
-        found.append(_halves("column scales", matrix.column_scales))  # no means: every scalar has some
+        found.append(_halves("column scales", matrix.column_scales[_used_scales(matrix)]))
     return found
+
+
+def _used_scales(matrix: GroupedBinarization) -> Bool[Tensor, "parts scalars in"]:
+    """Which column scales can be read: a column has only those of its kind, salient or not."""
+    salient = [level.salient for level in matrix.scheme.levels() for _ in level.positions]
+    kinds = torch.tensor(salient, device=matrix.salient.device)
+    return matrix.salient[:, None] == kinds[:, None]
 
 
 def _mask_streams(matrix: GroupedBinarization, kept: Tensor) -> list[Stream]:
