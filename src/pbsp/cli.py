@@ -159,6 +159,48 @@ def evaluate(
 
 
 @app.command()
+def compare(
+    model: Model,
+    output: Annotated[
+        str, typer.Option("--output", "-o", help="Folder of the comparison; the same one continues it.")
+    ],
+    methods: Annotated[
+        str, typer.Option(help="Rows separated by commas, METHOD [N:M[+N:M]] [NAME=VALUE …], as gptq bits=2.")
+    ],
+    text: Annotated[list[str], typer.Option(help="self, c4, wikitext2 or a text file; repeatable.")],
+    patterns: Annotated[
+        str, typer.Option(help="Separated by commas: of rows that need a pattern and name none.")
+    ] = "4:8",
+    calibration: Annotated[str | None, typer.Option(help="self, c4, wikitext2 or a text file.")] = None,
+    samples: Annotated[int | None, typer.Option(help="Calibration windows.")] = None,
+    context: Annotated[int | None, typer.Option(help="Tokens of a calibration window.")] = None,
+    windows: Annotated[int, typer.Option(help="First windows of each text; 0 for all.")] = 40,
+    eval_context: Annotated[int, typer.Option(help="Tokens of an evaluation window.")] = 2048,
+    seed: Annotated[int, typer.Option(help=_SEED_HELP)] = 0,
+    device: Device = "auto",
+    keep_models: Annotated[
+        bool, typer.Option("--keep-models", help="Keep the compressed models in the folder.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Compress MODEL by several methods and evaluate each; stopped, the same command goes on."""
+    from pbsp.commands_compare import EvaluationTexts, run_compare
+
+    chosen = {"calibration": calibration, "samples": samples, "context": context, "seed": seed}
+    run_compare(
+        model,
+        output,
+        methods=methods,
+        patterns=patterns,
+        calibration={name: value for name, value in chosen.items() if value is not None},
+        texts=EvaluationTexts(text, windows, eval_context, seed),
+        device=device,
+        keep_models=keep_models,
+        json=json,
+    )
+
+
+@app.command()
 def inspect(
     folder: Annotated[str, typer.Argument(help="A folder written by `pbsp compress`.")], json: Json = False
 ) -> None:

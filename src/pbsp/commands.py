@@ -43,7 +43,7 @@ def run_compress(
             f"method {config.method} has no packed layout here, so its result cannot be saved; "
             "measure it with pbsp compare"
         )
-    corpus = _corpus(source, {**filed_text, **text})
+    corpus = calibration_corpus(source, {**filed_text, **text})
     _check_text(corpus.name)
     check_target(Path(output), source=source, overwrite=overwrite)
     loaded = load_model(source, device=device)
@@ -117,7 +117,7 @@ def run_generate(
         print(answer.text)
 
 
-def _corpus(source: str, text: dict[str, Any]) -> Corpus:
+def calibration_corpus(source: str, text: dict[str, Any]) -> Corpus:
     """The calibration text; what was not given depends on whether the model is the small built-in one."""
     small = source == BUILTIN
     defaults = {

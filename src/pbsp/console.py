@@ -24,6 +24,23 @@ _STAGES = {"sample": "sampling text", "compress": "compressing blocks", "evaluat
 @contextmanager
 def bars() -> Iterator[Any]:
     """A progress callback (stage, done, total) that draws a bar with an ETA on stderr per stage."""
+    with new_bars() as drawn:
+        tasks: dict[str, Any] = {}
+
+        def progress(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = drawn.add_task(_STAGES.get(stage, stage), total=total)
+            drawn.update(tasks[stage], completed=done, total=total)
+
+        yield progress
+
+
+def new_bars(*, memory_seconds: float = 30.0) -> Progress:
+    """Bars with an ETA on stderr, nothing where that is no terminal.
+
+    Args:
+        memory_seconds: how far back the speed is looked at.
+    """
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -33,15 +50,9 @@ def bars() -> Iterator[Any]:
         TimeRemainingColumn(),
     )
     console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not console.is_terminal) as drawn:
-        tasks: dict[str, Any] = {}
-
-        def progress(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = drawn.add_task(_STAGES.get(stage, stage), total=total)
-            drawn.update(tasks[stage], completed=done, total=total)
-
-        yield progress
+    return Progress(
+        *columns, console=console, disable=not console.is_terminal, speed_estimate_period=memory_seconds
+    )
 
 
 def print_tables(*tables: Table) -> None:

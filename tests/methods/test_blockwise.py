@@ -92,8 +92,7 @@ def test_what_pruned_weights_and_other_columns_have_is_not_stored():
 
 
 @pytest.mark.parametrize(("name", "options"), GROUPED)
-@pytest.mark.parametrize("compensation", ["exact", "diagonal"])
-@pytest.mark.parametrize(("columns", "block"), [(80, 128), (80, 32)])
+@pytest.mark.parametrize(("compensation", "columns", "block"), [("exact", 80, 128), ("diagonal", 80, 32)])
 def test_every_method_keeps_its_pattern_and_storable_scalars(name, options, compensation, columns, block):
     options = {"block": block, **options} | ({} if name == "rtn" else {"compensation": compensation})
     method = build_method(name, None, options)
