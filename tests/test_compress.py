@@ -251,6 +251,7 @@ def test_a_method_without_a_layout_leaves_its_values_and_counts_its_bits(line):
         pbsp.save_compressed(model, None, "never", report)
 
 
+@torch.no_grad()
 def test_methods_that_look_at_whole_layers_solve_each_alone():
     """q, k and v share their inputs; PBSP's salient columns of one must not depend on the others."""
     _, report = compressed("llama", pattern="4:8", method="pbsp")

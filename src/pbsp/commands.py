@@ -5,13 +5,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pbsp.calibration.corpus import SELF, Corpus
-from pbsp.calibration.corpus import check_text as _check_text
+from pbsp.calibration.corpus import SELF, Corpus, check_text
 from pbsp.compress import compress
 from pbsp.config import Config, read_config_file, with_settings
-from pbsp.console import bars as _bars
-from pbsp.console import print_json as _print_json
-from pbsp.console import print_tables as _print_tables
+from pbsp.console import bars, print_json, print_tables
 from pbsp.errors import ConfigError
 from pbsp.generation import check_request, generate
 from pbsp.inspection import Inspection, inspect_folder
@@ -44,12 +41,11 @@ def run_compress(
             "measure it with pbsp compare"
         )
     corpus = calibration_corpus(source, {**filed_text, **text})
-    _check_text(corpus.name)
+    check_text(corpus.name)
     check_target(Path(output), source=source, overwrite=overwrite)
     loaded = load_model(source, device=device)
-    if config.dtype == "auto" and loaded.source_dtype is not None:
-        config = dataclasses.replace(config, dtype=loaded.source_dtype)
-    with _bars() as progress:
+    config = config.for_source(loaded.source_dtype)
+    with bars() as progress:
         report = compress(loaded.model, loaded.tokenizer, config, corpus=corpus, progress=progress)
     report = dataclasses.replace(
         report,
@@ -68,9 +64,9 @@ def run_compress(
             "seconds": seconds,
             "peak_rss_bytes": peak_rss_bytes(),
         }
-        _print_json(values)
+        print_json(values)
         return
-    _print_tables(summary_table(found))
+    print_tables(summary_table(found))
     print(_calibrated_on(report.calibration))
     _print_left(found)
     spent = ", ".join(f"{stage} {value:.1f} s" for stage, value in seconds.items() if value >= 0.05)
@@ -81,11 +77,11 @@ def run_inspect(folder: str, *, json: bool) -> None:
     """`pbsp inspect`."""
     found = inspect_folder(Path(folder))
     if json:
-        _print_json(found.to_dict())
+        print_json(found.to_dict())
         return
-    _print_tables(layer_table(found.layers))
+    print_tables(layer_table(found.layers))
     _print_left(found)
-    _print_tables(bytes_table(found), summary_table(found))
+    print_tables(bytes_table(found), summary_table(found))
 
 
 def run_generate(
@@ -112,7 +108,7 @@ def run_generate(
         seed=seed,
     )
     if json:
-        _print_json({"model": source, "prompt": prompt, **dataclasses.asdict(answer)})
+        print_json({"model": source, "prompt": prompt, **dataclasses.asdict(answer)})
     else:
         print(answer.text)
 

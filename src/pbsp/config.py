@@ -3,7 +3,7 @@
 import difflib
 import tomllib
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -99,6 +99,10 @@ class Config:
         if patterns is None and self.pattern is not None:
             patterns = parse_patterns(self.pattern)
         return build_method(self.method, patterns, self.options)
+
+    def for_source(self, dtype: str | None) -> "Config":
+        """The same for a source whose files have this 16-bit type, or none: it is what "auto" keeps."""
+        return replace(self, dtype=dtype) if self.dtype == AUTO and dtype is not None else self
 
     def to_dict(self) -> dict[str, Any]:
         """All settings, as `from_dict` reads them; what is None is left out, as TOML cannot hold it."""

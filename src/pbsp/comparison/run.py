@@ -120,9 +120,7 @@ class _Run:
 
     def result(self, row: Row, tell: Callable[..., None]) -> RowResult:
         """The row's numbers, or why there are none."""
-        config = row.config
-        if config.dtype == "auto" and self.loaded.source_dtype is not None:
-            config = replace(config, dtype=self.loaded.source_dtype)
+        config = row.config.for_source(self.loaded.source_dtype)
         empty = RowResult(row.name, config.method, config.to_dict())
         model = copy.deepcopy(self.loaded.model)
         try:

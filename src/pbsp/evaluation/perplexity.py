@@ -22,7 +22,6 @@ Progress = Callable[[int, int], None]
 
 
 @runtime_checkable
-@runtime_checkable
 class Predictions(Protocol):
     """What the original predicted on the windows, where that need not be found by running it.
 

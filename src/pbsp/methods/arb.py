@@ -11,8 +11,7 @@ from pbsp.binarization.grouped import GroupedBinarization, Scheme
 from pbsp.binarization.grouped_fit import BlockFit, nearest_of_four
 from pbsp.binarization.planes import signs_of
 from pbsp.errors import ConfigError
-from pbsp.methods.billm import partitioned_fit
-from pbsp.methods.blockwise import BlockProblem, fit_blocks
+from pbsp.methods.blockwise import BlockProblem, fit_blocks, partitioned_fit
 from pbsp.methods.checks import check_blocks, check_choices
 from pbsp.solver.compensation import MODES
 

@@ -9,12 +9,11 @@ from torch import Tensor
 
 from pbsp.binarization.grouped import GroupedBinarization, Scheme
 from pbsp.binarization.grouped_fit import BlockFit
-from pbsp.binarization.partition import magnitude_groups, salient_columns
-from pbsp.methods.blockwise import BlockProblem, fit_blocks
+from pbsp.methods.blockwise import BlockProblem, fit_blocks, partitioned_fit
 from pbsp.methods.checks import check_blocks, check_choices
 from pbsp.pruning.keep import keep_largest
 from pbsp.pruning.pattern import Pattern
-from pbsp.pruning.scores import SCORES, hessian
+from pbsp.pruning.scores import SCORES
 from pbsp.solver.compensation import MODES
 
 
@@ -64,14 +63,3 @@ class Billm:
             scores = SCORES[self.score](problem.inputs)
             keep = keep_largest(scores, self.pattern.kept, self.pattern.group)
         return partitioned_fit(problem, keep, Scheme(groups=2))
-
-
-def partitioned_fit(problem: BlockProblem, keep: Tensor, scheme: Scheme) -> BlockFit:
-    """The base binarizer on salient columns and magnitude groups, searched on the kept weights."""
-    target = problem.inputs.weight
-    salient = salient_columns(target, keep, hessian(problem.inputs))
-    groups = magnitude_groups(target, keep & ~salient, groups=scheme.groups)
-    if scheme.salient_groups > 1:
-        inside = magnitude_groups(target, keep & salient, groups=scheme.salient_groups)
-        groups = torch.where(salient, inside, groups)
-    return BlockFit.start(target, keep, salient, groups, scheme)

@@ -7,10 +7,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pbsp.binarization.grouped import GroupedBinarization
+from pbsp.binarization.grouped import GroupedBinarization, Scheme
 from pbsp.binarization.grouped_fit import BlockFit
+from pbsp.binarization.partition import magnitude_groups, salient_columns
 from pbsp.pruning.pattern import Pattern
-from pbsp.pruning.scores import ScoreInputs
+from pbsp.pruning.scores import ScoreInputs, hessian
 from pbsp.solver.compensation import compensated_sweep
 from pbsp.solver.hessian import damped, inverse_factor
 
@@ -59,20 +60,31 @@ def fit_blocks(
     """
     if pattern is not None:
         pattern.check(weight.shape[1])
-    hessian = damped(moment, damping)
-    factor = inverse_factor(hessian).to(weight.dtype)
-    hessian = hessian.to(weight.dtype)
+    whole = damped(moment, damping)
+    factor = inverse_factor(whole).to(weight.dtype)
+    whole = whole.to(weight.dtype)
     energy = moment.diagonal().to(weight.dtype)
     fits: list[BlockFit] = []
 
     def approximate(target: Tensor, columns: slice, compensated: Tensor) -> Tensor:
         inputs = ScoreInputs(target, energy[columns], factor.diagonal()[columns], seed + len(fits))
-        fit = fit_block(BlockProblem(inputs, columns, hessian[columns, columns], compensated))
+        fit = fit_block(BlockProblem(inputs, columns, whole[columns, columns], compensated))
         fits.append(stored(fit))
         return fits[-1].dense()
 
     compensated_sweep(weight, factor, approximate, block=block, mode=compensation)
     return join_fits(fits, pattern=pattern, block=block)
+
+
+def partitioned_fit(problem: BlockProblem, keep: Tensor, scheme: Scheme) -> BlockFit:
+    """The base binarizer on salient columns and magnitude groups, searched on the kept weights."""
+    target = problem.inputs.weight
+    salient = salient_columns(target, keep, hessian(problem.inputs))
+    groups = magnitude_groups(target, keep & ~salient, groups=scheme.groups)
+    if scheme.salient_groups > 1:
+        inside = magnitude_groups(target, keep & salient, groups=scheme.salient_groups)
+        groups = torch.where(salient, inside, groups)
+    return BlockFit.start(target, keep, salient, groups, scheme)
 
 
 def stored(fit: BlockFit) -> BlockFit:

@@ -9,9 +9,8 @@ from torch import Tensor
 
 from pbsp.binarization.grouped import PAPER, GroupedBinarization
 from pbsp.binarization.grouped_fit import BlockFit
-from pbsp.binarization.partition import magnitude_groups, salient_columns
 from pbsp.errors import ConfigError
-from pbsp.methods.blockwise import BlockProblem, fit_blocks
+from pbsp.methods.blockwise import BlockProblem, fit_blocks, partitioned_fit
 from pbsp.methods.checks import check_blocks, check_choices
 from pbsp.pruning.keep import keep_largest
 from pbsp.pruning.pattern import Pattern
@@ -100,12 +99,9 @@ class Pbsp:
         inputs, target = problem.inputs, problem.inputs.weight
         metric = problem.metric if self.metric == "moment" else problem.compensated
         kept, group = self.pattern.kept, self.pattern.group
-        saliency = hessian(inputs)
-        scores = saliency if self.score == RESIDUAL else SCORES[self.score](inputs)
+        scores = hessian(inputs) if self.score == RESIDUAL else SCORES[self.score](inputs)
         final = keep_largest(scores, kept, group)
-        salient = salient_columns(target, final, saliency)
-        groups = magnitude_groups(target, final & ~salient, groups=PAPER.groups)
-        fit = BlockFit.start(target, final, salient, groups)
+        fit = partitioned_fit(problem, final, PAPER)
         if self.steps == "one-shot":
             return self._update(fit.refit(target, metric), target, metric)
         fit = replace(fit, keep=torch.ones_like(final))

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from pbsp.binarization.grouped import PAPER, GroupedBinarization
 from pbsp.binarization.grouped_fit import BlockFit
-from pbsp.methods.billm import partitioned_fit
-from pbsp.methods.blockwise import BlockProblem, fit_blocks
+from pbsp.methods.blockwise import BlockProblem, fit_blocks, partitioned_fit
 from pbsp.methods.checks import check_blocks, check_choices
 from pbsp.pruning.keep import keep_largest
 from pbsp.pruning.pattern import Pattern
