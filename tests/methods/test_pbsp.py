@@ -5,6 +5,7 @@ from pbsp.errors import ConfigError, PatternError
 from pbsp.methods.pbsp import CHOICES, Pbsp
 from pbsp.pruning.pattern import Pattern
 from pbsp.solver.hessian import output_error
+from pbsp.storage.layouts import is_packable
 
 
 def problem(rows=24, columns=64, seed=0):
@@ -30,10 +31,40 @@ def test_result_keeps_exactly_n_of_m_and_storable_scalars(text, rows):
     assert_valid(Pbsp(pattern, block=32).compress(weight, moment), pattern)
 
 
-@pytest.mark.parametrize(("name", "choice"), [(name, choice) for name in CHOICES for choice in CHOICES[name]])
+PACKABLE = [(name, choice) for name in CHOICES for choice in CHOICES[name] if name != "pruning"]
+
+
+@pytest.mark.parametrize(("name", "choice"), PACKABLE)
 def test_every_choice_runs(name, choice):
     weight, moment = problem(rows=4)
     assert_valid(Pbsp(Pattern(4, 8), block=32, **{name: choice}).compress(weight, moment), Pattern(4, 8))
+
+
+@pytest.mark.parametrize("steps", ["stepwise", "one-shot"])
+@pytest.mark.parametrize("pruning", ["unstructured", "columns"])
+def test_other_prunings_keep_the_same_share_of_every_block(pruning, steps):
+    weight, moment = problem(rows=6)
+    result = Pbsp(Pattern(3, 8), block=32, pruning=pruning, steps=steps).compress(weight, moment)
+    kept = result.signs != 0
+    assert (kept.view(6, 2, 32).sum(2) == 12).all()
+    assert not is_packable(result)
+    assert bool((kept == kept[:1]).all()) == (pruning == "columns")
+    assert (kept.view(6, 8, 8).sum(2) != 3).any()
+
+
+def test_the_freer_the_mask_the_lower_the_error():
+    weight, moment = problem(rows=64)
+    errors = [
+        output_error(
+            weight,
+            Pbsp(Pattern(4, 8), block=32, score="hessian", steps="one-shot", pruning=pruning)
+            .compress(weight, moment)
+            .dense(),
+            moment,
+        )
+        for pruning in ("unstructured", "n:m", "columns")
+    ]
+    assert errors == sorted(errors)
 
 
 def test_with_fixed_signs_and_masks_the_step_path_leaves_no_trace():

@@ -18,7 +18,9 @@ from pbsp.pruning.scores import SCORES, hessian, removal_cost
 from pbsp.solver.compensation import MODES
 
 RESIDUAL = "residual"
+N_OF_M = "n:m"
 CHOICES = {
+    "pruning": (N_OF_M, "unstructured", "columns"),
     "score": (*SCORES, RESIDUAL),
     "steps": ("stepwise", "one-shot"),
     "target": ("full", "masked"),
@@ -36,6 +38,8 @@ class Pbsp:
         pattern: N of every M weights are kept.
         block: columns that are fitted together and share their coefficients.
         damping: ridge added to the moment, as a fraction of its mean diagonal.
+        pruning: what the pattern's N/M is of: of every M weights, of a row's weights in a block
+            ("unstructured"), or of a block's columns. Only n:m can be packed.
         score: what is kept, see `pruning.scores`; "residual" starts from "hessian" and scores again at
             every step by the exact cost of a removal.
         steps: "stepwise" prunes one weight of every group at a time and refits in between (SPBO);
@@ -58,6 +62,7 @@ class Pbsp:
     pattern: Pattern = Pattern(4, 8)
     block: int = 128
     damping: float = 0.01
+    pruning: str = N_OF_M
     score: str = RESIDUAL
     steps: str = "stepwise"
     updates: int = 2
@@ -87,7 +92,7 @@ class Pbsp:
             weight,
             moment,
             self._fit_block,
-            pattern=self.pattern,
+            pattern=self.pattern if self.pruning == N_OF_M else None,
             block=self.block,
             damping=self.damping,
             compensation=self.compensation,
@@ -98,20 +103,28 @@ class Pbsp:
         """SPBO on one block: a partition from the weights that will stay, then prune and refit in steps."""
         inputs, target = problem.inputs, problem.inputs.weight
         metric = problem.metric if self.metric == "moment" else problem.compensated
-        kept, group = self.pattern.kept, self.pattern.group
         scores = hessian(inputs) if self.score == RESIDUAL else SCORES[self.score](inputs)
-        final = keep_largest(scores, kept, group)
+        final = self._keep(scores, self.pattern.kept)
         fit = partitioned_fit(problem, final, PAPER)
         if self.steps == "one-shot":
             return self._update(fit.refit(target, metric), target, metric)
         fit = replace(fit, keep=torch.ones_like(final))
         fit = self._update(fit.refit(target, metric), target, metric)
-        for count in range(group - 1, kept - 1, -1):
+        for count in range(self.pattern.group - 1, self.pattern.kept - 1, -1):
             if self.score == RESIDUAL:
                 scores = removal_cost(target, fit.dense(), metric)
-            keep = keep_largest(scores, count, group, among=fit.keep)
+            keep = self._keep(scores, count, among=fit.keep)
             fit = self._update(replace(fit, keep=keep), target, metric)
         return fit
+
+    def _keep(self, scores: Tensor, count: int, among: Tensor | None = None) -> Tensor:
+        """The mask with `count` of every M weights left, or that share of what `pruning` says."""
+        if self.pruning == N_OF_M:
+            return keep_largest(scores, count, self.pattern.group, among=among)
+        if self.pruning == "columns":
+            scores = scores.sum(0, keepdim=True).expand_as(scores)
+        width = scores.shape[1]
+        return keep_largest(scores, width * count // self.pattern.group, width, among=among)
 
     def _update(self, fit: BlockFit, target: Tensor, metric: Tensor) -> BlockFit:
         """τ rounds of sign refresh and coefficient update."""

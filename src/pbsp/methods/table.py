@@ -13,7 +13,7 @@ from pbsp.errors import ConfigError
 from pbsp.methods.arb import Arb
 from pbsp.methods.billm import Billm
 from pbsp.methods.gptq import Gptq
-from pbsp.methods.pbsp import Pbsp
+from pbsp.methods.pbsp import N_OF_M, Pbsp
 from pbsp.methods.planes import PlaneFit
 from pbsp.methods.prune_then_binarize import PruneThenBinarize
 from pbsp.methods.rtn import Rtn
@@ -111,4 +111,6 @@ def packs(method: Method) -> bool:
     """Whether a layout holds the method's results, so that a compressed model can be saved."""
     if isinstance(method, Stbllm):
         return method.zeros == "kept"
-    return isinstance(method, PlaneFit | Pbsp)
+    if isinstance(method, Pbsp):
+        return method.pruning == N_OF_M
+    return isinstance(method, PlaneFit)
