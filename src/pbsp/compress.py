@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pbsp.allocation import Plan, coarse_plan, uniform_plan
+from pbsp.allocation.coarse import coarse_plan
+from pbsp.allocation.plan import Plan, uniform_plan
 from pbsp.calibration.corpus import Corpus
 from pbsp.calibration.importance import block_cosines, outlier_ratios
 from pbsp.calibration.moments import InputMoment, MomentPart, collect_block_moments

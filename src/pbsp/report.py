@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pbsp.allocation import CoarseAllocation
+from pbsp.allocation.coarse import CoarseAllocation
 from pbsp.packed_linear import PackedLinear
 from pbsp.pruning.pattern import format_patterns
 from pbsp.storage.bits import stored_bits

@@ -60,9 +60,13 @@ class Walk:
     def run(self, index: int, block: nn.Module, *, keep: bool) -> None:
         """Call block `index`, as `block`, on every window; with `keep` its outputs are the next inputs."""
         for window, hidden in enumerate(self.hidden):
-            output = self._calls[index].replay(block, hidden)
+            output = self.replay(index, block, hidden)
             if keep:
                 self.hidden[window] = output
+
+    def replay(self, index: int, block: nn.Module, hidden: Float[Tensor, "1 tokens features"]) -> Tensor:
+        """What block `index`, as `block`, makes of one window's hidden states."""
+        return self._calls[index].replay(block, hidden)
 
 
 def hidden_of(output: Any) -> Tensor:

@@ -1,28 +1,14 @@
-"""Which patterns each linear layer gets: the same everywhere, or by the importance of its block."""
+"""One N:M for every block, by the importance of the block: the paper's rule, and STBLLM's."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from math import floor
 
-from pbsp.errors import ConfigError, PatternError
+from pbsp.allocation.plan import Plan, block_plan, uniform_plan
+from pbsp.errors import ConfigError
 from pbsp.models.blocks import Block, linear_weight
-from pbsp.pruning.pattern import Pattern, format_patterns
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is done with every linear layer of the decoder blocks, in order.
-
-    Attributes:
-        patterns: linear layer → its planes.
-        left_uncompressed: linear layer that stays as it is → reason.
-        same_as: linear layer → an earlier one with the same weight tensor, whose planes it takes.
-    """
-
-    patterns: dict[str, tuple[Pattern, ...]]
-    left_uncompressed: dict[str, str]
-    same_as: dict[str, str]
+from pbsp.pruning.pattern import Pattern
 
 
 @dataclass(frozen=True)
@@ -41,15 +27,6 @@ class CoarseAllocation:
     importances: tuple[float, ...]
     ranks: tuple[int, ...]
     kept: tuple[int, ...]
-
-
-def uniform_plan(blocks: list[Block], patterns: tuple[Pattern, ...], *, strict: bool) -> Plan:
-    """The same planes for every linear layer whose rows they tile.
-
-    Raises:
-        PatternError: no layer can take the patterns, or, with `strict`, one layer cannot.
-    """
-    return _plan(blocks, [patterns] * len(blocks), strict=strict)
 
 
 def coarse_plan(
@@ -85,7 +62,7 @@ def coarse_plan(
         importances, pattern.kept, pattern.group, rule=rule, spread=spread, sizes=sizes
     )
     patterns = [(replace(pattern, kept=kept),) for kept in coarse.kept]
-    return _plan(blocks, patterns, strict=strict), coarse
+    return block_plan(blocks, patterns, strict=strict), coarse
 
 
 def coarse_allocation(
@@ -181,29 +158,3 @@ def _balanced(line: list[Fraction], kept: int, spread: int, sizes: list[int], *,
         whole[position] += 1
         excess += sizes[position]
     return whole
-
-
-def _plan(blocks: list[Block], patterns: list[tuple[Pattern, ...]], *, strict: bool) -> Plan:
-    """Each block's planes for its linear layers; a weight that comes again keeps those of its first block."""
-    chosen: dict[str, tuple[Pattern, ...]] = {}
-    left: dict[str, str] = {}
-    first_name: dict[int, str] = {}
-    same_as: dict[str, str] = {}
-    for block, planes in zip(blocks, patterns, strict=True):
-        for name, module in block.linears().items():
-            try:
-                for pattern in planes:
-                    pattern.check(linear_weight(module).shape[1])
-            except PatternError as error:
-                if strict:
-                    raise PatternError(f"{name}: {error} (refused because of --strict)") from None
-                left[name] = str(error)
-            else:
-                first = first_name.setdefault(id(module.weight), name)
-                if first != name:
-                    same_as[name] = first
-                chosen[name] = chosen.get(first, planes)
-    if not chosen:
-        first, reason = next(iter(left.items()))
-        raise PatternError(f"no layer can take {format_patterns(patterns[0])}; {first}: {reason}")
-    return Plan(chosen, left, same_as)

@@ -3,7 +3,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pbsp.allocation import coarse_allocation, coarse_plan, uniform_plan
+from pbsp.allocation.coarse import coarse_allocation, coarse_plan
+from pbsp.allocation.plan import uniform_plan
 from pbsp.errors import ConfigError, PatternError
 from pbsp.models.blocks import decoder_blocks
 from pbsp.pruning.pattern import Pattern
