@@ -7,6 +7,7 @@ from transformers.pytorch_utils import Conv1D
 from pbsp.binarization.planes import Planes, block_count
 from pbsp.binarization.scales import round_scales
 from pbsp.integrations.transformers import PbspQuantizationConfig, attach, replace_module
+from pbsp.models.experts import split_experts
 from pbsp.packed_linear import PackedLinear
 from pbsp.pruning.pattern import Pattern, parse_patterns
 from tiny import tiny_model
@@ -29,9 +30,10 @@ def random_planes(text: str, rows: int, columns: int, *, scale_block: int = 48, 
     return Planes(patterns, torch.stack(signs), round_scales(scales * magnitudes[:, None, None]), scale_block)
 
 
-def packed_model(name: str, text: str = "4:8+2:8", *, make=random_planes):
+def packed_model(name: str, text: str = "4:8+2:8", *, make=random_planes, model=None):
     """A tiny model as compress leaves it: what `make` gives in place of every linear but the head."""
-    model = tiny_model(name)
+    model = model or tiny_model(name)
+    split_experts(model)
     for path, module in list(model.named_modules()):
         if isinstance(module, nn.Linear | Conv1D) and path != "lm_head":
             rows, columns = (module.weight.T if isinstance(module, Conv1D) else module.weight).shape

@@ -49,7 +49,7 @@ def test_auto_follows_the_method():
         ("gptq 4:8", "gptq takes no N:M"),
         ("pbsp 4:8+2:8", "takes one N:M, not 2 planes"),
         ("planes 4:8 sweeps", "'sweeps' is not a setting; write NAME=VALUE"),
-        ("planes bits=2", "method planes has no option 'bits'; it has block"),
+        ("planes width=2", "method planes has no option 'width'; it has block"),
         ("rtn allocation=paper", "allocation paper takes one N:M"),
     ],
 )

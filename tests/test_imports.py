@@ -19,8 +19,8 @@ ALLOWED = {
     "packed_linear": {"errors", "pruning", "binarization", "storage", "kernels"},
     "models": {"errors"},
     "calibration": {"errors", "models", "pruning"},
-    "allocation": {"errors", "models", "pruning"},
-    "evaluation": {"errors", "calibration", "integrations"},
+    "allocation": {"errors", "models", "pruning", "storage", "methods", "calibration"},
+    "evaluation": {"errors", "calibration", "integrations", "resources"},
     "integrations": {"errors", "models", "calibration", "storage", "packed_linear"},
 }
 

@@ -105,10 +105,33 @@ def test_other_folders_are_refused(tmp_path):
         inspect_folder(tmp_path / "plain")
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"model_type": "unheard of"}', '{"model_type": 3}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        "{}",
+        '{"model_type": "unheard of"}',
+        '{"model_type": 3}',
+        '{"model_type": null}',
+        "[" * 10**5,
+    ],
+)
 def test_a_config_that_is_none_is_refused(folder, text):
     (folder / "config.json").write_text(text)
-    with pytest.raises(ModelError, match=r"config\.json is not a model's configuration"):
+    with pytest.raises(ModelError, match=r"config\.json is not a model's configuration") as caught:
+        inspect_folder(folder)
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"hidden_act": ""}, {"dtype": []}, {"head_dim": 0},
+     {"vocab_size": 10**30}, {"num_attention_heads": 0}, {"num_hidden_layers": 10**9}],
+)  # fmt: skip
+def test_a_config_that_describes_no_model_is_refused_soon(folder, wrong):
+    edit_config(folder, lambda config: config.update(wrong))
+    with pytest.raises((ModelError, FormatError), match=r"config\.json|calls for"):
         inspect_folder(folder)
 
 

@@ -6,15 +6,22 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForCausalLM,
+    FalconConfig,
+    Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
+    GPTNeoXConfig,
     LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
     OPTConfig,
+    Phi3Config,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 VOCABULARY = 256
@@ -27,6 +34,16 @@ _SHARED = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 128,
 }
+_FALCON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_EAGER_ONLY = ("gemma2",)
 
 CONFIGS: dict[str, PretrainedConfig] = {
     "llama": LlamaConfig(**_SHARED, tie_word_embeddings=True),
@@ -48,12 +65,31 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "gpt2": GPT2Config(
         vocab_size=VOCABULARY, bos_token_id=1, eos_token_id=2, n_embd=64, n_layer=2, n_head=4, n_positions=128
     ),
+    "llama-kv1": LlamaConfig(**{**_SHARED, "num_key_value_heads": 1}),
+    "mistral": MistralConfig(**_SHARED, sliding_window=8),
+    "gemma2": Gemma2Config(**_SHARED, head_dim=16, query_pre_attn_scalar=16, sliding_window=8),
+    "phi3": Phi3Config(**_SHARED, bos_token_id=1, eos_token_id=2, pad_token_id=0),
+    "gpt-neox": GPTNeoXConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+    ),
+    "falcon": FalconConfig(**_FALCON, multi_query=True, parallel_attn=True),
+    "falcon-40b": FalconConfig(**_FALCON, new_decoder_architecture=True, num_kv_heads=2, bias=True),
+    "mixtral": MixtralConfig(**_SHARED, num_local_experts=4, num_experts_per_tok=2),
+    "qwen3-moe": Qwen3MoeConfig(
+        **_SHARED, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32
+    ),
 }
 
 
 def tiny_model(name: str = "llama", *, attention: str = "sdpa", seed: int = 0) -> PreTrainedModel:
     """A float32 model in evaluation mode with random weights and biases."""
     torch.manual_seed(seed)
+    attention = "eager" if name in _EAGER_ONLY else attention
     model = AutoModelForCausalLM.from_config(
         copy.deepcopy(CONFIGS[name]), attn_implementation=attention, dtype=torch.float32
     )

@@ -4,6 +4,7 @@ Importing this package registers its format with transformers: `AutoModelForCaus
 then loads compressed models.
 """
 
+from pbsp.allocation.planfile import read_plan
 from pbsp.calibration.corpus import Corpus, corpus, evaluation_windows
 from pbsp.compress import compress
 from pbsp.config import Config
@@ -27,5 +28,6 @@ __all__ = [
     "evaluation_windows",
     "inspect_folder",
     "load_model",
+    "read_plan",
     "save_compressed",
 ]

@@ -50,10 +50,17 @@ def _fail(message: str) -> int:
 def compress(
     model: Model,
     output: Annotated[
-        str, typer.Option("--output", "-o", help="Folder to write; new or empty, see --overwrite.")
-    ],
+        str | None, typer.Option("--output", "-o", help="Folder to write; new or empty, see --overwrite.")
+    ] = None,
+    bits: Annotated[
+        float | None, typer.Option(help="At most so many stored bits per weight, where they matter most.")
+    ] = None,
+    file_size: Annotated[
+        str | None, typer.Option(help="At most so large weight files, as 60MB; instead of --bits.")
+    ] = None,
+    plan: Annotated[str | None, typer.Option(help="The plan.toml of a compressed model, to replay.")] = None,
     pattern: Annotated[
-        str | None, typer.Option(help="Planes, N:M or several joined by +, as 4:8+2:8.")
+        str | None, typer.Option(help="Planes of all layers, N:M or several joined by +, as 4:8+2:8.")
     ] = None,
     method: Annotated[
         str | None, typer.Option(help="planes; pbsp, the paper's own, one N:M; stbllm. See `pbsp compare`.")
@@ -63,7 +70,7 @@ def compress(
         typer.Option("--set", help="NAME=VALUE, a hyperparameter of the method, as block=64; repeatable."),
     ] = None,
     weighting: Annotated[
-        str | None, typer.Option(help="Of tokens in value projections' moments: plain or attention.")
+        str | None, typer.Option(help="Of tokens in moments: plain, attention or gradient.")
     ] = None,
     allocation: Annotated[
         str | None, typer.Option(help="uniform; paper, N by block importance; outliers, by STBLLM's rule.")
@@ -73,6 +80,7 @@ def compress(
     dtype: Annotated[
         str | None, typer.Option(help="Of what stays uncompressed: auto, float16, bfloat16.")
     ] = None,
+    embeddings: Annotated[str | None, typer.Option(help="Bits of embeddings and head: auto, 16, 8.")] = None,
     strict: Annotated[
         bool | None, typer.Option("--strict/--no-strict", help="Refuse layers that cannot take it.")
     ] = None,
@@ -87,12 +95,22 @@ def compress(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the model in the output folder.")
     ] = False,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on where an interrupted run stopped (OUTPUT.unfinished)."),
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan and the size to the byte; write nothing.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Compress MODEL and write it to a folder that transformers loads."""
     from pbsp.commands import run_compress
 
     settings = {
+        "bits": bits,
+        "file_size": file_size,
+        "plan": plan,
         "method": method,
         "pattern": pattern,
         "weighting": weighting,
@@ -100,6 +118,7 @@ def compress(
         "spread": spread,
         "inputs": inputs,
         "dtype": dtype,
+        "embeddings": embeddings,
         "strict": strict,
     }
     text = {"calibration": calibration, "samples": samples, "context": context, "seed": seed}
@@ -112,6 +131,8 @@ def compress(
         config_file=config,
         device=device,
         overwrite=overwrite,
+        resume=resume,
+        dry_run=dry_run,
         json=json,
     )
 
@@ -234,5 +255,33 @@ def generate(
         temperature=temperature,
         seed=seed,
         device=device,
+        json=json,
+    )
+
+
+@app.command()
+def bench(
+    model: Model,
+    against: Annotated[
+        str | None, typer.Option(help="The original, timed in float32 and bfloat16 in the same run.")
+    ] = None,
+    prompt_tokens: Annotated[int, typer.Option(help="Length of the prompt.")] = 512,
+    new_tokens: Annotated[int, typer.Option(help="Tokens written behind the first.")] = 64,
+    runs: Annotated[int, typer.Option(help="Repetitions; medians are shown.")] = 3,
+    device: Device = "auto",
+    dtype: Annotated[str, typer.Option(help="Of MODEL: auto, float32, float16, bfloat16.")] = "auto",
+    json: Json = False,
+) -> None:
+    """How fast MODEL reads a prompt and writes, its memory, and how near it comes to memory's speed."""
+    from pbsp.commands_bench import run_bench
+
+    run_bench(
+        model,
+        against=against,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        runs=runs,
+        device=device,
+        dtype=dtype,
         json=json,
     )

@@ -5,24 +5,27 @@ import time
 from pathlib import Path
 from typing import Any
 
+from pbsp.allocation.planfile import plan_text, read_plan
 from pbsp.calibration.corpus import SELF, Corpus, check_text
 from pbsp.compress import compress
 from pbsp.config import Config, read_config_file, with_settings
-from pbsp.console import bars, print_json, print_tables
-from pbsp.errors import ConfigError
+from pbsp.console import bars, parse_size, print_json, print_tables
+from pbsp.errors import ConfigError, OutputError
 from pbsp.generation import check_request, generate
 from pbsp.inspection import Inspection, inspect_folder
 from pbsp.methods.table import packs
 from pbsp.models.gguf import BUILTIN
-from pbsp.models.load import load_model
+from pbsp.models.load import LoadedModel, load_model
+from pbsp.preview import preview
 from pbsp.resources import peak_rss_bytes
 from pbsp.save import check_target, save_compressed
-from pbsp.tables import bytes_table, layer_table, summary_table
+from pbsp.tables import bytes_table, layer_table, preview_table, summary_table
+from pbsp.unfinished import Unfinished
 
 
 def run_compress(
     source: str,
-    output: str,
+    output: str | None,
     *,
     settings: dict[str, Any],
     hyperparameters: list[str],
@@ -30,10 +33,16 @@ def run_compress(
     config_file: str | None,
     device: str,
     overwrite: bool,
+    resume: bool,
+    dry_run: bool,
     json: bool,
 ) -> None:
     """`pbsp compress`; everything that can be wrong with the request is found before the model loads."""
     filed_settings, filed_text = read_config_file(Path(config_file)) if config_file else ({}, {})
+    if "file_size" in settings:
+        settings = {**settings, "file_size": parse_size(settings["file_size"])}
+    if "plan" in settings:
+        settings = {**settings, "plan": read_plan(Path(settings["plan"]))}
     config = Config.from_dict(with_settings({**filed_settings, **settings}, hyperparameters))
     if not packs(config.build()):
         raise ConfigError(
@@ -42,11 +51,25 @@ def run_compress(
         )
     corpus = calibration_corpus(source, {**filed_text, **text})
     check_text(corpus.name)
-    check_target(Path(output), source=source, overwrite=overwrite)
+    if not dry_run:
+        if output is None:
+            raise ConfigError("no folder to write is given; name one with --output, or see --dry-run")
+        check_target(Path(output), source=source, overwrite=overwrite)
+        kept = Path(f"{output.rstrip('/')}.unfinished")
+        if kept.exists() and not resume:
+            raise OutputError(f"{kept} holds an unfinished compression; go on with --resume, or delete it")
+        if resume and not kept.exists():
+            raise OutputError(f"there is nothing to resume: {kept} does not exist")
     loaded = load_model(source, device=device)
     config = config.for_source(loaded.source_dtype)
+    if output is None or dry_run:
+        _dry_run(loaded, config, corpus, json=json)
+        return
+    unfinished = Unfinished(Path(f"{output.rstrip('/')}.unfinished"))
     with bars() as progress:
-        report = compress(loaded.model, loaded.tokenizer, config, corpus=corpus, progress=progress)
+        report = compress(
+            loaded.model, loaded.tokenizer, config, corpus=corpus, progress=progress, unfinished=unfinished
+        )
     report = dataclasses.replace(
         report,
         source=source,
@@ -55,6 +78,7 @@ def run_compress(
     )
     start = time.perf_counter()
     save_compressed(loaded.model, loaded.tokenizer, output, report, overwrite=overwrite)
+    unfinished.remove()
     seconds = {**report.seconds, "save": time.perf_counter() - start}
     found = inspect_folder(Path(output))
     if json:
@@ -69,8 +93,21 @@ def run_compress(
     print_tables(summary_table(found))
     print(_calibrated_on(report.calibration))
     _print_left(found)
+    for name, reason in report.uncalibrated.items():
+        print(f"without a calibration of its own: {name}: {reason}")
     spent = ", ".join(f"{stage} {value:.1f} s" for stage, value in seconds.items() if value >= 0.05)
     print(f"{spent}; peak memory {peak_rss_bytes() / 1e9:.2f} GB; written to {output}")
+
+
+def _dry_run(loaded: LoadedModel, config: Config, corpus: Corpus, *, json: bool) -> None:
+    """Print what a compression would do, and the size of what it would write."""
+    with bars() as progress:
+        estimate = preview(loaded.model, loaded.tokenizer, config, corpus=corpus, progress=progress)
+    if json:
+        print_json({"source": loaded.source, "source_bytes": loaded.source_bytes, **estimate.to_dict()})
+        return
+    print_tables(preview_table(estimate, loaded.source_bytes))
+    print(plan_text(estimate.planes), end="")
 
 
 def run_inspect(folder: str, *, json: bool) -> None:

@@ -1,37 +1,25 @@
 """The data flow of a compression, from a model and a text to the same model with packed layers."""
 
 import platform
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
 
 import torch
-from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pbsp.allocation.coarse import coarse_plan
-from pbsp.allocation.plan import Plan, uniform_plan
+from pbsp.block_run import BlockRun, Progress, timed
 from pbsp.calibration.corpus import Corpus
-from pbsp.calibration.importance import block_cosines, outlier_ratios
-from pbsp.calibration.moments import InputMoment, MomentPart, collect_block_moments
-from pbsp.calibration.walk import Walk
 from pbsp.calibration.windows import Windows
 from pbsp.config import Config
-from pbsp.errors import CalibrationError
-from pbsp.integrations.transformers import PbspQuantizationConfig, attach, replace_module
-from pbsp.models.blocks import Block, decoder_blocks, linear_weight
-from pbsp.models.precision import cast_stored, check_finite, storage_dtype
-from pbsp.packed_linear import PackedLinear
-from pbsp.pruning.pattern import Pattern, format_patterns
-from pbsp.report import Bits, CompressionReport, LayerReport
+from pbsp.integrations.embeddings import pack_embeddings
+from pbsp.integrations.transformers import PbspQuantizationConfig, attach
+from pbsp.models.blocks import decoder_blocks, linear_weight
+from pbsp.models.experts import split_experts
+from pbsp.models.precision import cast_stored, check_finite, storage_dtype, weights_digest
+from pbsp.planning import Planned, check_request, make_plan
+from pbsp.report import Bits, CompressionReport
 from pbsp.resources import peak_rss_bytes
-from pbsp.storage.layouts import Representation, is_packable, join
-
-Progress = Callable[[str, int, int], None]
-"""Called with a stage's name, the steps done and the steps in all."""
+from pbsp.unfinished import Unfinished
 
 
 @torch.no_grad()
@@ -42,6 +30,7 @@ def compress(
     *,
     corpus: Corpus | Windows | None = None,
     progress: Progress | None = None,
+    unfinished: Unfinished | None = None,
 ) -> CompressionReport:
     """Replace the linear layers of the model's decoder blocks by packed N:M binary planes, in place.
 
@@ -56,8 +45,11 @@ def compress(
         corpus: the calibration text, or windows taken from it before; by default `self`, 32 windows of
             512 tokens sampled from the model.
         progress: told what is done.
+        unfinished: where to keep every finished block, and to find those of an earlier run with the same
+            settings, which are not done again; the result is the same. Only with a method that packs.
 
     Raises:
+        ConfigError: the earlier run had other settings (names what differs).
         ModelError: an unsupported architecture, or a NaN or infinite weight (names the layer).
         CorpusError: the text is missing, empty or too short.
         PatternError: no layer can take the pattern (`strict`: not every layer).
@@ -66,29 +58,33 @@ def compress(
     config = config or Config()
     corpus = corpus or Corpus("self", samples=32, context=512)
     tell = progress or (lambda stage, done, total: None)
-    seconds: dict[str, float] = dict.fromkeys(("sample", "calibrate", "solve"), 0.0)
+    seconds: dict[str, float] = dict.fromkeys(("sample", "plan", "calibrate", "solve"), 0.0)
+    split_experts(model)
     blocks = decoder_blocks(model)
-    plan = uniform_plan(blocks, config.patterns, strict=config.strict)
+    check_request(blocks, config)
     check_finite(model)
     dtype = storage_dtype(model, config.dtype)
-    with _timed(seconds, "sample"):
+    with timed(seconds, "sample"):
         if isinstance(corpus, Corpus):
             corpus = corpus.windows(tokenizer, model, progress=partial(tell, "sample"))
-    coarse = None
-    if config.coarse:
-        with _timed(seconds, "calibrate"):
-            importances = _importances(config.coarse, model, blocks, corpus.tokens)
-        plan, coarse = coarse_plan(
-            blocks,
-            config.patterns[0],
-            importances,
-            rule=config.coarse,
-            strict=config.strict,
-            spread=config.spread,
-        )
-    run = _Run(model, blocks, plan, config, seconds, tell)
+    kept = None
+    if unfinished:
+        unfinished.claim(_settings(model, config, corpus))
+        kept = unfinished.plan()
+    with timed(seconds, "plan"):
+        if kept is None:
+            planned = make_plan(model, blocks, config, corpus.tokens, progress=partial(tell, "plan"))
+        else:
+            planned = Planned.from_dict(*kept)
+    if unfinished and kept is None:
+        unfinished.keep_plan(planned.to_dict(), planned.token_weights)
+    plan = planned.plan
+    run = BlockRun(model, blocks, planned, config, seconds, tell, unfinished=unfinished)
     layers = tuple(run.compress_blocks(corpus.tokens))
     cast_stored(model, dtype)
+    embeddings = "16 bit"
+    if run.packed and config.embedding_bits == 8:
+        embeddings = pack_embeddings(model, dtype)
     provenance = {"config": config.to_dict(), "calibration": corpus.describe(), "versions": versions()}
     if run.packed:
         attach(model, PbspQuantizationConfig(left_uncompressed=plan.left_uncompressed, provenance=provenance))
@@ -101,7 +97,10 @@ def compress(
         left_uncompressed=plan.left_uncompressed,
         packed=run.packed,
         plain_moments=run.plain_because,
-        coarse=coarse,
+        uncalibrated=run.uncalibrated,
+        coarse=planned.coarse,
+        embeddings=embeddings,
+        expected_loss=planned.expected_loss,
         source=model.config.name_or_path or "",
         source_bytes=0,
         calibration=corpus.describe(),
@@ -110,119 +109,23 @@ def compress(
     )
 
 
-@dataclass
-class _Run:
-    """One pass over the blocks, and what it finds on the way."""
-
-    model: PreTrainedModel
-    blocks: list[Block]
-    plan: Plan
-    config: Config
-    seconds: dict[str, float]
-    tell: Progress
-    plain_because: dict[str, str] = field(default_factory=dict)
-    packed: bool = True
-
-    def compress_blocks(self, tokens: Tensor) -> Iterator[LayerReport]:
-        """Measure, solve and replace block after block, each behind its compressed predecessors."""
-        with _timed(self.seconds, "calibrate"):
-            walk = Walk(self.model, self.blocks, tokens)
-        original_inputs = self.config.inputs == "original"
-        solved: dict[str, tuple[Representation, float]] = {}
-        for index, block in enumerate(self.blocks):
-            self.tell("compress", index, len(self.blocks))
-            linears = {name: module for name, module in block.linears().items() if name in self.plan.patterns}
-            with _timed(self.seconds, "calibrate"):
-                weighting = self.config.moment_weighting
-                moments = collect_block_moments(
-                    walk, index, block, linears, weighting=weighting, keep=original_inputs
-                )
-                self.plain_because |= moments.plain_because
-            with _timed(self.seconds, "solve"):
-                solved |= self._solve(linears, moments.inputs)
-                for name, module in linears.items():
-                    representation, error = solved[self.plan.same_as.get(name, name)]
-                    yield self._replace(name, module, representation, error)
-                solved = {
-                    name: result for name, result in solved.items() if name in self.plan.same_as.values()
-                }
-            with _timed(self.seconds, "calibrate"):
-                if not original_inputs:
-                    walk.run(index, block.module, keep=True)
-        self.tell("compress", len(self.blocks), len(self.blocks))
-
-    def _replace(
-        self, name: str, module: nn.Module, representation: Representation, error: float
-    ) -> LayerReport:
-        """Put the packed layer in the linear's place, or its values where no layout holds them."""
-        if is_packable(representation):
-            bias = module.bias if isinstance(module.bias, Tensor) else None
-            layer = PackedLinear.of(representation, bias)
-            replace_module(self.model, name, layer)
-            return LayerReport.of(name, layer, error)
-        self.packed = False
-        linear_weight(module).copy_(representation.dense())
-        pattern = format_patterns(self.plan.patterns[name]) or "dense"
-        return LayerReport.of_values(name, representation, pattern, error)
-
-    def _solve(
-        self, linears: dict[str, nn.Module], moments: dict[str, InputMoment]
-    ) -> dict[str, tuple[Representation, float]]:
-        """Each linear's representation and relative output error.
-
-        Rows with one moment are one matrix, unless the method looks at a linear as a whole.
-        """
-        weights: dict[str, Tensor] = {}
-        groups: dict[tuple[int, tuple[Pattern, ...], str], list[tuple[str, MomentPart]]] = {}
-        for name, module in linears.items():
-            if name in self.plan.same_as:
-                continue
-            if name not in moments:
-                raise CalibrationError(f"{name} is never called on the calibration text; it cannot be solved")
-            weights[name] = linear_weight(module).float()
-            apart = name if self.config.build(self.plan.patterns[name]).rows_interact else ""
-            for part in moments[name].parts:
-                key = id(part.moment), self.plan.patterns[name], apart
-                groups.setdefault(key, []).append((name, part))
-        pieces: dict[str, list[tuple[int, Representation]]] = {name: [] for name in weights}
-        for (_, patterns, _), members in groups.items():
-            rows = [weights[name][part.rows.start : part.rows.stop] for name, part in members]
-            try:
-                whole = self.config.build(patterns).compress(torch.cat(rows), members[0][1].moment)
-            except CalibrationError as error:
-                names = ", ".join(dict.fromkeys(name for name, _ in members))
-                raise CalibrationError(f"{names}: {error}") from None
-            for (name, part), piece in zip(members, whole.split([len(row) for row in rows]), strict=True):
-                pieces[name].append((part.rows.start, piece))
-        results: dict[str, tuple[Representation, float]] = {}
-        for name, weight in weights.items():
-            ordered = [piece for _, piece in sorted(pieces[name], key=lambda item: item[0])]
-            representation = join(ordered)
-            moment = moments[name]
-            signal = moment.error(weight)
-            error = moment.error(weight - representation.dense()) / signal if signal > 0 else 0.0
-            results[name] = representation, error
-        return results
-
-
-def _importances(rule: str, model: PreTrainedModel, blocks: list[Block], tokens: Tensor) -> list[float]:
-    """What a coarse allocation ranks the blocks by."""
-    if rule == "outliers":
-        return outlier_ratios(model, blocks, tokens)
-    return [1 - cosine for cosine in block_cosines(model, blocks, tokens)]
+def _settings(model: PreTrainedModel, config: Config, windows: Windows) -> dict[str, str]:
+    """All that the result depends on, by name."""
+    chosen = {name.replace("_", " "): str(value) for name, value in config.to_dict().items()}
+    return {
+        **chosen,
+        "computed in": str(model.dtype).removeprefix("torch."),
+        "device": model.device.type,
+        "calibration text": windows.text,
+        "calibration windows": f"{len(windows)} of {windows.context} tokens",
+        "calibration seed": str(windows.seed),
+        **{f"version of {name}": found for name, found in versions().items()},
+        "model digest": weights_digest(model)[:16],
+        "calibration digest": windows.digest[:16],
+    }
 
 
 def versions() -> dict[str, str]:
     """What the result depends on besides the settings."""
     packages = {name: version(name) for name in ("pbsp", "torch", "transformers")}
     return {"python": platform.python_version(), **packages}
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    """Add the wall time of the block to a stage."""
-    start = time.perf_counter()
-    try:
-        yield
-    finally:
-        seconds[stage] += time.perf_counter() - start

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
+from pbsp.allocation.planfile import check_written
 from pbsp.calibration.moments import Weighting
 from pbsp.errors import ConfigError
 from pbsp.methods.table import METHODS, Method, build_method, option_types, patterns_of
@@ -19,6 +20,7 @@ _CHOICES = {
     "allocation": (AUTO, "uniform", "paper", "outliers"),
     "inputs": ("compressed", "original"),
     "dtype": (AUTO, "float16", "bfloat16"),
+    "embeddings": (AUTO, "16", "8"),
 }
 _TEXT_OPTIONS: dict[str, type] = {"calibration": str, "samples": int, "context": int, "seed": int}
 
@@ -31,16 +33,24 @@ class Config:
         method: "planes", our own, "pbsp", the paper's, or one that they are compared with; see `METHODS`.
         pattern: "N:M", for planes up to four of them joined by "+"; None for the method's default.
         options: the method's hyperparameters by name, such as `sweeps` and `block` of planes.
-        weighting: how tokens count in the moments of value projections: "plain", all alike, or as the
-            "attention" mixes them. "auto" is attention for planes and plain for the others.
+        weighting: how tokens count in the moments: "plain", all alike; in those of value projections as the
+            "attention" mixes them; or by the "gradient" of the loss at the layer's output, for which
+            every window takes a backward pass. "auto" is gradient with `bits`, `file_size` or `plan`, else
+            attention for planes and plain for the others.
         allocation: "uniform"; "paper", N by block importance as in the paper's coarse stage; "outliers", N
             by the share of outlying scores as in STBLLM. The last two take one N:M. "auto" is outliers
-            for stbllm and uniform for the others.
+            for stbllm and uniform for the others; with `bits`, `file_size` or `plan` it does not apply.
         spread: of these two: N ± spread; None for 1 where that fits.
         inputs: what a block's moments are measured on: the outputs of its compressed predecessors,
             or of the original ones.
         dtype: of what stays uncompressed. "auto": the source's own 16-bit type; for a float32 source
             float16 if all its values are in range, else bfloat16.
+        embeddings: bits of the input embedding and of the head, "16" or "8". "auto" is 8 with `bits`,
+            `file_size` or `plan`, else 16.
+        bits: stored bits per weight of all linear layers, at most; each gets the planes that are expected to
+            cost the model least in sum. Only planes.
+        file_size: the same for the bytes of the weight files.
+        plan: linear layer → its planes, as `allocation.planfile` writes them. Only planes.
         strict: refuse the model if a linear layer cannot take the pattern, instead of leaving it as it is.
 
     Raises:
@@ -56,6 +66,10 @@ class Config:
     spread: int | None = None
     inputs: str = "compressed"
     dtype: str = AUTO
+    embeddings: str = AUTO
+    bits: float | None = None
+    file_size: int | None = None
+    plan: dict = field(default_factory=dict)
     strict: bool = False
 
     def __post_init__(self) -> None:
@@ -67,11 +81,34 @@ class Config:
         if self.spread is not None and self.spread < 0:
             raise ConfigError(f"spread is {self.spread}; at least 0 is needed")
         patterns = self.patterns  # builds the method, which checks its options
+        self._check_budget()
         if self.coarse and len(patterns) != 1:
             raise ConfigError(
                 f"allocation {self.coarse} takes one N:M, not the {len(patterns)} planes of "
                 f"{self.pattern or self.method}"
             )
+
+    @property
+    def budgeted(self) -> bool:
+        """Whether planes follow from a budget."""
+        return self.bits is not None or self.file_size is not None
+
+    def _check_budget(self) -> None:
+        """Raise ConfigError unless at most one thing says what planes the layers get."""
+        for name in ("bits", "file_size"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise ConfigError(f"{name} is {value}; it must be positive")
+        check_written(self.plan)
+        given = [name for name in ("bits", "file_size", "plan") if getattr(self, name)]
+        if not given:
+            return
+        others = {"pattern": self.pattern is not None, "allocation": self.allocation != AUTO}
+        given += [name for name, there in others.items() if there]
+        if len(given) > 1:
+            raise ConfigError(f"{' and '.join(given)} each say which planes the layers get; give one of them")
+        if self.method != "planes":
+            raise ConfigError(f"{given[0]} chooses among planes; it does not go with method {self.method}")
 
     @property
     def patterns(self) -> tuple[Pattern, ...]:
@@ -82,7 +119,16 @@ class Config:
     def moment_weighting(self) -> Weighting:
         """`weighting`, "auto" resolved."""
         chosen = self._resolved("weighting", "plain")
-        return "attention" if chosen == "attention" else "plain"
+        if self.weighting == AUTO and (self.budgeted or self.plan):
+            chosen = "gradient"
+        return next(weighting for weighting in get_args(Weighting) if weighting == chosen)
+
+    @property
+    def embedding_bits(self) -> int:
+        """`embeddings`, "auto" resolved."""
+        if self.embeddings != AUTO:
+            return int(self.embeddings)
+        return 8 if self.budgeted or self.plan else 16
 
     @property
     def coarse(self) -> str | None:
@@ -113,6 +159,8 @@ class Config:
         """A config with `values` over the defaults; ConfigError if a key is unknown or a type is wrong."""
         types = _types()
         _refuse_unknown(values, list(types))
+        if type(values.get("bits")) is int:
+            values = {**values, "bits": float(values["bits"])}
         for name, value in values.items():
             _check_type(name, value, types[name])
         return Config(**values)
@@ -145,7 +193,7 @@ def with_settings(values: dict[str, Any], words: Iterable[str]) -> dict[str, Any
         if name in own or name not in _types():
             values = {**values, "options": {**values.get("options", {}), name: _value(written)}}
         else:
-            values = {**values, name: _value(written)}
+            values = {**values, name: written if _types()[name] is str else _value(written)}
     return values
 
 

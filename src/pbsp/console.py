@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,8 +18,25 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from pbsp.errors import ConfigError
+
 _WIDTH_OF_FILES = 120
-_STAGES = {"sample": "sampling text", "compress": "compressing blocks", "evaluate": "evaluating"}
+_STAGES = {
+    "sample": "sampling text",
+    "plan": "planning",
+    "compress": "compressing blocks",
+    "evaluate": "evaluating",
+}
+_UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+def parse_size(text: str) -> int:
+    """Bytes written as 60MB, 1.5GiB or 60000000; ConfigError otherwise."""
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-z]*)\s*", text.lower())
+    unit = _UNITS.get(match[2].removesuffix("b") + "b" if match[2] else "") if match else None
+    if match is None or unit is None:
+        raise ConfigError(f"{text!r} is not a size; write it as 60MB, 1.5GiB or in bytes")
+    return int(float(match[1]) * unit)
 
 
 @contextmanager

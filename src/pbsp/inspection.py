@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from pbsp.errors import FormatError, ModelError
 from pbsp.integrations.transformers import METHOD, PbspQuantizationConfig
+from pbsp.kernels.library import kernel_of
+from pbsp.models.experts import split_experts
 from pbsp.models.folder import check_folder
+from pbsp.models.load import LOAD_ERRORS, one_line
 from pbsp.models.quiet import quiet_libraries
 from pbsp.report import Bits, LayerReport
 from pbsp.save import REPORT_FILE
@@ -37,6 +39,8 @@ _KINDS = (
     "linears left uncompressed",
     "norms and biases",
 )
+_DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_OTHER = "routers and other matrices"  # only where there are some
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,7 @@ class Inspection:
         file_bytes: all files of the folder.
         bytes_by_kind: the same bytes by what they hold.
         source_bytes: the weights file that was compressed, where the report knows it.
+        kernels: what computes products with each layout on this machine's CPU, see `kernels.library`.
         layers: the packed layers; their output errors are those that `compress` recorded, NaN if it did not.
     """
 
@@ -58,6 +63,7 @@ class Inspection:
     source_bytes: int | None
     layers: tuple[LayerReport, ...]
     left_uncompressed: dict[str, str]
+    kernels: dict[str, str]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; null for an output error that is not recorded."""
@@ -74,8 +80,8 @@ def inspect_folder(folder: Path) -> Inspection:
         ModelError: the folder is not a model compressed by pbsp, or lacks files.
         FormatError: its files are damaged.
     """
-    config, quantization = _compressed_config(folder)
-    skeleton = _skeleton(config)
+    skeleton, quantization = _compressed_model(folder)
+    split_experts(skeleton, holding={*quantization.layers, *quantization.left_uncompressed})
     place = {name: index for index, (name, _) in enumerate(skeleton.named_modules())}
     # config.json has them by the alphabet, which puts block 10 before block 2
     names = sorted(quantization.layers, key=lambda name: place.get(name, len(place)))
@@ -106,27 +112,43 @@ def inspect_folder(folder: Path) -> Inspection:
         source_bytes=recorded.get("source_bytes"),
         layers=layers,
         left_uncompressed=left,
+        kernels={layout: kernel_of(layout) for layout in sorted({layer.layout for layer in layers})},
     )
 
 
-def _compressed_config(folder: Path) -> tuple[PretrainedConfig, PbspQuantizationConfig]:
-    """The model's config without its quantization, and that; ModelError unless pbsp compressed it."""
+def _compressed_model(folder: Path) -> tuple[PreTrainedModel, PbspQuantizationConfig]:
+    """The uncompressed model without weights, and the quantization; ModelError unless pbsp compressed it."""
     if not folder.is_dir():
         raise ModelError(f"{folder} is not a folder; name one that `pbsp compress` wrote")
     check_folder(folder)
+    path = folder / "config.json"
     try:
-        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"))
         quantization = values.pop("quantization_config", None)
+        _check_depth(path, values)
         with quiet_libraries():
             config = AutoConfig.for_model(values.pop("model_type"), **values)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
-        raise ModelError(f"{folder / 'config.json'} is not a model's configuration: {error}") from None
+    except LOAD_ERRORS as error:
+        raise ModelError(f"{path} is not a model's configuration: {one_line(error)}") from None
     if not isinstance(quantization, dict) or quantization.get("quant_method") != METHOD:
         raise ModelError(f"{folder} is not compressed by pbsp; `pbsp compress {folder} -o OUT` does that")
     checked = PbspQuantizationConfig.from_dict(quantization)
     if not checked.layers:
-        raise FormatError(f"{folder / 'config.json'} lists no packed layer; it is damaged")
-    return config, checked
+        raise FormatError(f"{path} lists no packed layer; it is damaged")
+    try:
+        with quiet_libraries(), torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config), checked
+    except LOAD_ERRORS as error:
+        raise ModelError(f"{path} describes no language model: {one_line(error)}") from None
+
+
+def _check_depth(path: Path, values: dict[str, Any]) -> None:
+    """Raise ModelError before a wrong number of layers is built, which could take all memory."""
+    largest = path.stat().st_size  # every block has packed layers, and each of these an entry in the file
+    for name in _DEPTHS:
+        depth = values.get(name)
+        if isinstance(depth, int) and depth > largest:
+            raise ModelError(f"{path} is damaged: its {name} cannot be so large")
 
 
 def _recorded(folder: Path) -> dict[str, Any]:
@@ -136,11 +158,26 @@ def _recorded(folder: Path) -> dict[str, Any]:
         return {}
     try:
         recorded = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise FormatError(f"{path} cannot be read ({error}); delete it to go on without") from None
-    if not isinstance(recorded, dict):
-        raise FormatError(f"{path} is not an object; delete it to go on without")
+    if not isinstance(recorded, dict) or not _is_report(recorded):
+        raise FormatError(f"{path} is not a report of pbsp; delete it to go on without")
     return recorded
+
+
+def _is_report(recorded: dict[str, Any]) -> bool:
+    """Whether what is read of a report has the types that `compress` writes."""
+    layers, source_bytes = recorded.get("layers", []), recorded.get("source_bytes")
+    return (
+        (source_bytes is None or type(source_bytes) is int)
+        and isinstance(layers, list)
+        and all(
+            isinstance(layer, dict)
+            and isinstance(layer.get("name"), str)
+            and type(layer.get("output_error")) in (int, float)
+            for layer in layers
+        )
+    )
 
 
 def _layer(
@@ -179,15 +216,9 @@ def _bytes_by_kind(
         elif layer in left and suffix == "weight":
             kind = "linears left uncompressed"
         else:
-            kind = "norms and biases"
-        kinds[kind] += _bytes(tensor)
+            kind = "norms and biases" if len(tensor.shape) < 2 else _OTHER
+        kinds[kind] = kinds.get(kind, 0) + _bytes(tensor)
     return kinds
-
-
-def _skeleton(config: PretrainedConfig) -> PreTrainedModel:
-    """The uncompressed model without weights."""
-    with quiet_libraries(), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
 
 
 def _embedding_keys(model: PreTrainedModel) -> set[str]:

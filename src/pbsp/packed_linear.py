@@ -1,14 +1,24 @@
 """The module that takes a linear's place in a compressed model."""
 
+import threading
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from pbsp.errors import FormatError
-from pbsp.kernels.reference import decode_dense, packed_linear
+from pbsp.kernels import reference
+from pbsp.kernels.library import DTYPES, REFERENCE, kernel_name
+from pbsp.kernels.product import planes_linear
+from pbsp.kernels.runtime import RuntimePlanes, form_numbers
 from pbsp.pruning.pattern import format_patterns
 from pbsp.storage.bits import CODES
 from pbsp.storage.layouts import Form, Packed, Representation, pack
+from pbsp.storage.planes import OFFSETS, SCALES, PackedPlanes, PlanesForm
+
+_PREPARING = threading.Lock()
 
 
 class PackedLinear(nn.Module):
@@ -18,8 +28,13 @@ class PackedLinear(nn.Module):
     The codes are called `weight`, as a linear's are: a loader that does not know them stops on their
     shape, and code that asks for `linear.weight.device` keeps working.
 
+    On the CPU, `weight` of layout `planes` holds the runtime layout instead of the codes, see `prepare`:
+    one of the two is enough, and each gives the other. Whatever leaves the module (state dicts, pickles,
+    copies, another device) has the codes.
+
     Attributes:
         form: layout, patterns and sizes.
+        prepared: whether `weight` is in the runtime layout.
         conv1d: whether a `Conv1D` of transformers stood here, which stores its weight transposed.
             Only `dequantize` cares.
     """
@@ -40,6 +55,8 @@ class PackedLinear(nn.Module):
         self.in_features = form.in_features
         self.out_features = form.out_features
         self.conv1d = False
+        self.prepared = False
+        self._numbers = form_numbers(form) if isinstance(form, PlanesForm) else None
         empty = {
             name: torch.empty(spec.shape, dtype=spec.dtype, device=device)
             for name, spec in form.specs().items()
@@ -66,6 +83,7 @@ class PackedLinear(nn.Module):
         module._set_packed(packed.tensors())
         if bias is not None:
             module.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
+        module.prepare()
         return module
 
     def _set_packed(self, tensors: dict[str, Tensor]) -> None:
@@ -75,18 +93,90 @@ class PackedLinear(nn.Module):
             else:
                 self.register_buffer(name, tensor)
 
+    def prepare(self) -> bool:
+        """Change to the runtime layout where the compiled kernels compute; whether it has that now.
+
+        Loading does this once per layer, so that codes and runtime layout of one layer alone are in memory
+        at a time; a module that got its codes otherwise does it when it first computes.
+
+        Raises:
+            ConfigError: PBSP_KERNEL is unknown, or cannot run here.
+        """
+        with _PREPARING:
+            if self.prepared or self.weight.device.type != "cpu":
+                return self.prepared
+            packed = self.packed
+            if isinstance(packed, PackedPlanes) and kernel_name() != REFERENCE:
+                self._set_weight(RuntimePlanes.of(packed).layout)
+                self.prepared = True
+        return self.prepared
+
+    def _unprepare(self) -> None:
+        """Back to the codes."""
+        if self.prepared:
+            codes = self.packed.codes
+            self._set_weight(codes)
+            self.prepared = False
+
+    def _set_weight(self, tensor: Tensor) -> None:
+        # The first use may be in inference mode, whose tensors cannot be used in training later.
+        with torch.inference_mode(False):
+            self.weight = nn.Parameter(
+                tensor.clone() if tensor.is_inference() else tensor, requires_grad=False
+            )
+
+    @property
+    def _runtime(self) -> RuntimePlanes:
+        assert isinstance(self.form, PlanesForm), "only these are prepared"
+        return RuntimePlanes(
+            self.form, self.weight.detach(), getattr(self, SCALES).detach(), getattr(self, OFFSETS).detach()
+        )
+
     @property
     def packed(self) -> Packed:
-        """The stored tensors; they share memory with the module."""
+        """The stored tensors; they share memory with the module, but for codes of a prepared one."""
+        if self.prepared:
+            return self._runtime.packed()
         return self.form.packed({name: getattr(self, name).detach() for name in self.form.specs()})
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        """Decode and multiply; see `kernels.reference`."""
-        return packed_linear(x, self.packed, self.bias)
+        """The product by the compiled kernels if there is one for it, else as `kernels.reference` says."""
+        if x.device.type == "cpu" and x.dtype in DTYPES and (self.prepared or self._prepare_outside_graphs()):
+            assert self._numbers is not None, "only planes are prepared"
+            matrix = (self.weight, getattr(self, SCALES), getattr(self, OFFSETS), *self._numbers)
+            return planes_linear(x, matrix, self.bias)
+        return reference.packed_linear(x, self.packed, self.bias)
+
+    def _prepare_outside_graphs(self) -> bool:
+        return not torch.compiler.is_compiling() and self.prepare()
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "out in"]:
         """The matrix W, decoded."""
-        return decode_dense(self.packed, dtype)
+        return self._runtime.decode(dtype) if self.prepared else reference.decode_dense(self.packed, dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
+        if self.prepared and fn(self.weight.new_empty(0)).device.type != "cpu":
+            self._unprepare()
+        return super()._apply(fn, recurse)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.prepared:
+            destination[prefix + CODES] = self.packed.codes
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *rest: Any, **named: Any
+    ) -> None:
+        if prefix + CODES in state_dict:
+            self._unprepare()
+        super()._load_from_state_dict(state_dict, prefix, *rest, **named)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        if self.prepared:
+            codes = nn.Parameter(self.packed.codes, requires_grad=False)
+            state |= {"_parameters": {**self._parameters, CODES: codes}, "prepared": False}
+        return state
 
     def extra_repr(self) -> str:
         """What print(model) shows."""

@@ -109,7 +109,10 @@ class CompressionReport:
         packed: whether every layer has a layout, so that the model can be saved as small as it is.
         left_uncompressed: linear layer → reason.
         plain_moments: attention whose values could not be weighted by it → reason.
+        uncalibrated: linear layer of an expert that had too few tokens → what it was solved on instead.
         coarse: an allocation over blocks, where it was asked for.
+        embeddings: how the input embedding and the head are stored.
+        expected_loss: nats per token that the plan was expected to add, where a budget chose it.
         source: the model that was compressed.
         source_bytes: size of its weight files; 0 where that is not known.
         calibration: what the moments were measured on (`Windows.describe`).
@@ -123,7 +126,10 @@ class CompressionReport:
     packed: bool
     left_uncompressed: dict[str, str]
     plain_moments: dict[str, str]
+    uncalibrated: dict[str, str]
     coarse: CoarseAllocation | None
+    embeddings: str
+    expected_loss: float | None
     source: str
     source_bytes: int
     calibration: dict[str, Any]

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pbsp.allocation.planfile import KEPT, PLAN_FILE, plan_text
 from pbsp.errors import OutputError
 from pbsp.models.quiet import quiet_libraries
 from pbsp.report import CompressionReport
@@ -58,6 +59,10 @@ def save_compressed(
                 tokenizer.save_pretrained(partial)
         text = json.dumps(report.to_dict(), indent=1)
         (partial / REPORT_FILE).write_text(text + "\n", encoding="utf-8")
+        planes = {layer.name: layer.pattern for layer in report.layers if layer.layout == "planes"}
+        if planes:
+            kept = dict.fromkeys(report.left_uncompressed, KEPT)
+            (partial / PLAN_FILE).write_text(plan_text({**planes, **kept}), encoding="utf-8")
         (partial / "README.md").write_text(_model_card(report), encoding="utf-8")
 
 

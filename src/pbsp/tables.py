@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from rich.table import Table
 
 from pbsp.inspection import Inspection
+from pbsp.preview import Preview
 from pbsp.report import LayerReport
 
 
@@ -26,6 +27,22 @@ def summary_table(found: Inspection) -> Table:
     weights = sum(layer.weights for layer in found.layers)
     error = sum(layer.output_error * layer.weights for layer in found.layers) / weights
     table.add_row("mean relative output error, by weights", _error(error))
+    kernels = ", ".join(f"{layout}: {kernel}" for layout, kernel in found.kernels.items())
+    table.add_row("kernels on this machine's CPU", kernels)
+    return table
+
+
+def preview_table(found: Preview, source_bytes: int) -> Table:
+    """What a compression would write and take."""
+    table = Table(show_header=False)
+    table.add_row("stored bits per weight (all linear layers)", f"{found.stored_bits:.4f}")
+    table.add_row("weight file", f"{found.weight_bytes:,} bytes")
+    if source_bytes:
+        table.add_row("source's weight files", f"{source_bytes:,} bytes")
+    if found.expected_loss is not None:
+        table.add_row("expected to add", f"{found.expected_loss:.2f} nats per token")
+    table.add_row("calibrating and solving, about", f"{found.seconds / 60:.1f} min")
+    table.add_row("peak memory, about", f"{found.memory_bytes / 1e9:.2f} GB")
     return table
 
 

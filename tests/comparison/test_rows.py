@@ -42,6 +42,11 @@ def test_a_name_does_not_depend_on_how_the_row_is_written():
     assert names("planes block=64 pattern=4:8") == ["planes 4:8 block=64"]
 
 
+def test_budgets_make_rows_of_their_own():
+    rows = parse_rows("planes bits=2, planes bits=2.5, planes file_size=60000000")
+    assert [row.name for row in rows] == ["planes bits=2.0", "planes bits=2.5", "planes file_size=60000000"]
+
+
 def test_slugs_are_file_names_and_differ():
     rows = parse_rows("planes 4:8+2:8, planes 4:8, planes 4:8 weighting=plain, gptq bits=2, rtn")
     assert rows[0].slug == "planes_4-8+2-8"

@@ -232,11 +232,11 @@ def test_a_truncated_file_is_named(llama, left):
 
 
 def test_invalid_codes_are_refused_even_with_a_matching_digest(llama):
-    module = load(llama).get_submodule(QUERY)
-    module.weight.data[0, :11] = 255
+    packed = load(llama).get_submodule(QUERY).packed
+    packed.codes[0, :11] = 255
 
-    edit_tensors(llama, lambda tensors: tensors.update({f"{QUERY}.weight": module.weight.data}))
-    edit_config(llama, lambda config: config["layers"][QUERY].update(sha256=packed_digest(module.packed)))
+    edit_tensors(llama, lambda tensors: tensors.update({f"{QUERY}.weight": packed.codes}))
+    edit_config(llama, lambda config: config["layers"][QUERY].update(sha256=packed_digest(packed)))
     with pytest.raises(FormatError, match=f"layer {QUERY}: plane 0 holds code 2047"):
         load(llama)
 
@@ -339,3 +339,12 @@ def test_replace_module_notes_a_conv1d_and_keeps_the_mode():
     replace_module(model, "0.0", again := PackedLinear.of(random_planes("2:8", 16, 32)))
     assert again.conv1d
     assert not module.training
+
+
+def test_a_tied_weight_cannot_be_a_packed_layer(llama):
+    def pack_the_head(config):
+        config["layers"]["lm_head"] = {**config["layers"][QUERY], "out_features": 256}
+
+    edit_config(llama, pack_the_head)
+    with pytest.raises(FormatError, match="layer lm_head: its weight is tied to another"):
+        load(llama)

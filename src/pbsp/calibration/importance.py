@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from pbsp.calibration.walk import block_input, hidden_of
 from pbsp.errors import CalibrationError
-from pbsp.models.blocks import Block, linear_weight
+from pbsp.models.blocks import Block, is_listed, linear_weight
 from pbsp.pruning.scores import ScoreInputs, si
 
 _OUTLYING = 6  # times the mean of a linear's scores
@@ -110,6 +110,8 @@ def outlier_ratios(
 def _outlier_ratio(block: Block, energies: dict[str, Tensor]) -> float:
     outlying = weights = 0
     for name, module in block.linears().items():
+        if name not in energies and is_listed(block, name):
+            continue  # an expert that no token was sent to
         if name not in energies or not bool(torch.isfinite(energies[name]).all()):
             raise CalibrationError(f"{name}: its inputs are missing, NaN or infinite on the calibration text")
         weight = linear_weight(module).float()

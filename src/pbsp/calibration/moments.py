@@ -1,6 +1,6 @@
 """Moments of the inputs of linear layers: the mean of x xᵀ over calibration tokens, the S of method.md."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Literal
@@ -14,8 +14,9 @@ from pbsp.calibration.walk import Walk
 from pbsp.errors import CalibrationError
 from pbsp.models.blocks import Block, linear_weight
 
-Weighting = Literal["plain", "attention"]
-"""How the tokens count in a value projection's moment: all alike, or as the attention mixes them."""
+Weighting = Literal["plain", "attention", "gradient"]
+"""How tokens count in moments: all alike; in a value projection's as the attention mixes them; or by the
+squared gradient of the model's loss at the layer's output."""
 
 
 class Moment:
@@ -25,12 +26,22 @@ class Moment:
         self.tokens = 0
         self._total: Tensor | None = None
 
-    def update(self, inputs: Float[Tensor, "*tokens in"]) -> None:
-        """Add every token's outer product."""
+    def update(
+        self, inputs: Float[Tensor, "*tokens in"], weights: Float[Tensor, "all"] | None = None
+    ) -> None:
+        """Add every token's outer product, times its weight.
+
+        Args:
+            weights: of all tokens of the layer, in the order in which they come; by default 1.
+        """
         rows = inputs.detach().reshape(-1, inputs.shape[-1]).float()
         if self._total is None:
             self._total = rows.new_zeros(rows.shape[1], rows.shape[1])
-        self._total.addmm_(rows.T, rows)
+        weighted = rows
+        if weights is not None:
+            chosen = weights[self.tokens : self.tokens + len(rows)].to(rows.device)
+            weighted = rows * chosen[:, None]
+        self._total.addmm_(weighted.T, rows)
         self.tokens += len(rows)
 
     def mean(self) -> Float[Tensor, "in in"]:
@@ -39,20 +50,33 @@ class Moment:
         return self._total / self.tokens
 
 
-def collect_moments(linears: dict[str, nn.Module], run: Callable[[], None]) -> dict[str, Tensor]:
+def collect_moments(
+    linears: dict[str, nn.Module],
+    run: Callable[[], None],
+    *,
+    weights: Mapping[str, Float[Tensor, "tokens"]] | None = None,
+) -> dict[str, Tensor]:
     """The input moment of every linear that `run` calls, by name, in the order of the first calls.
 
     Linears that are handed the same tensor (q, k and v; gate and up) share one moment object, so
     what is derived from it can be shared too. A linear that is never called has no entry.
 
+    Args:
+        weights: of the tokens, in the order in which the linear is called on them; where a linear has
+            none, or is called on another number of tokens, they count alike.
+
     Raises:
         CalibrationError: a moment is not finite; names the layer.
     """
     moments: dict[str, Moment] = {}
+    weights = weights or {}
     previous: list[tuple[Tensor, Moment]] = []  # the last input seen, kept alive so that `is` is sound
 
     def hook(name: str) -> Callable:
         def before(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            if name in weights:
+                moments.setdefault(name, Moment()).update(args[0], weights[name])
+                return
             if previous and previous[0][0] is args[0] and moments.get(name, previous[0][1]) is previous[0][1]:
                 moments[name] = previous[0][1]
                 return
@@ -118,6 +142,7 @@ def collect_block_moments(
     linears: dict[str, nn.Module],
     *,
     weighting: Weighting = "plain",
+    weights: Mapping[str, Float[Tensor, "tokens"]] | None = None,
     keep: bool,
     query_rows: int = QUERY_ROWS,
     seed: int = 0,
@@ -132,7 +157,8 @@ def collect_block_moments(
         index: the block's.
         block: its linear layers are still dense.
         linears: of the block; others get no moment.
-        weighting: of the tokens in a value projection's moment; see `calibration.attention`.
+        weighting: of the tokens; for a value projection's see `calibration.attention`.
+        weights: of "gradient", see `collect_moments`.
         keep: the outputs become the next block's inputs.
         query_rows: see `ValueMoments`.
         seed: of the choice of query rows.
@@ -140,8 +166,10 @@ def collect_block_moments(
     Raises:
         CalibrationError: a moment is not finite; names the layer.
     """
-    if weighting == "plain":
-        plain = collect_moments(linears, lambda: walk.run(index, block.module, keep=keep))
+    if weighting != "attention":
+        chosen = weights if weighting == "gradient" else None
+        run = lambda: walk.run(index, block.module, keep=keep)  # noqa: E731
+        plain = collect_moments(linears, run, weights=chosen)
         return BlockMoments({name: _plain(linears[name], moment) for name, moment in plain.items()}, {})
     values = ValueMoments(block, query_rows=query_rows, seed=seed)
     with values.watching():

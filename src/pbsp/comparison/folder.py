@@ -11,15 +11,14 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from pbsp.comparison.result import RowResult
 from pbsp.comparison.rows import Row
-from pbsp.errors import ConfigError, FormatError, OutputError
+from pbsp.errors import FormatError, OutputError
+from pbsp.storage.claims import claim, read_object, write_whole
 from pbsp.storage.folder import check_output
 
 _SETTINGS = "compare.json"
-_DIGEST = " digest"  # ends the names of settings that say the same as others, only surely
 
 
 class ComparisonFolder:
@@ -42,21 +41,7 @@ class ComparisonFolder:
 
     def claim(self, settings: Mapping[str, str]) -> None:
         """Make the folder this comparison's; ConfigError, naming what differs, if it is another's."""
-        file = self.path / _SETTINGS
-        if not file.is_file():
-            self.write(_SETTINGS, json.dumps(dict(settings), indent=1, ensure_ascii=False) + "\n")
-            return
-        found = _read(file)
-        differing = [
-            name for name in {**found, **settings} if found.get(name, "none") != settings.get(name, "none")
-        ]
-        plain = [name for name in differing if not name.endswith(_DIGEST)] or differing
-        if plain:
-            parts = [
-                f"{name} is {found.get(name, 'none')} there and {settings.get(name, 'none')} here"
-                for name in plain
-            ]
-            raise ConfigError(f"{self.path} holds another comparison: {'; '.join(parts)}; name a new folder")
+        claim(self.path / _SETTINGS, settings, what="comparison")
 
     def rows(self) -> dict[str, RowResult]:
         """The rows that are there, by name."""
@@ -70,15 +55,7 @@ class ComparisonFolder:
 
     def write(self, name: str, content: str | bytes) -> None:
         """Write a file of the folder as a whole; OutputError if that fails."""
-        file = self.path / name
-        partial = file.with_name(f".{file.name}.partial")
-        data = content.encode() if isinstance(content, str) else content
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_bytes(data)
-            os.replace(partial, file)
-        except OSError as error:
-            raise OutputError(f"{file} cannot be written: {error.strerror}") from None
+        write_whole(self.path / name, content)
 
     def cache(self, digest: str) -> Path:
         """Where the original's predictions on windows of this digest are kept."""
@@ -91,16 +68,6 @@ class ComparisonFolder:
 
 def _read_row(file: Path) -> RowResult:
     try:
-        return RowResult.from_json(_read(file))
+        return RowResult.from_json(read_object(file))
     except (KeyError, TypeError) as error:
         raise FormatError(f"{file} is not a row's result ({error}); delete it to measure it again") from None
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise FormatError(f"{file} cannot be read ({error}); delete it to measure it again") from None
-    if not isinstance(values, dict):
-        raise FormatError(f"{file} is not an object; delete it to measure it again")
-    return values

@@ -10,6 +10,8 @@ from pbsp.errors import ConfigError, PbspError
 from pbsp.methods.table import METHODS, build_method, patterns_of
 from pbsp.pruning.pattern import format_patterns, parse_patterns
 
+_SAYS_PLANES = ("pattern=", "bits=", "file_size=")
+
 
 @dataclass(frozen=True)
 class Row:
@@ -29,9 +31,10 @@ class Row:
         if config.pattern is not None:
             words.append(format_patterns(parse_patterns(config.pattern)))
         settings = dict(config.options)
+        usual = Config()
         for field in fields(Config):
             value = getattr(config, field.name)
-            if field.name not in ("method", "pattern", "options") and value != field.default:
+            if field.name not in ("method", "pattern", "options") and value != getattr(usual, field.name):
                 settings[field.name] = value
         words += [f"{name}={_written(settings[name])}" for name in sorted(settings)]
         return " ".join(words)
@@ -67,7 +70,7 @@ def parse_rows(text: str, patterns: str = "4:8") -> list[Row]:
 
 def _expanded(text: str, patterns: Sequence[str]) -> list[Row]:
     method, *words = text.split()
-    named = bool(words) and ("=" not in words[0] or any(word.startswith("pattern=") for word in words))
+    named = bool(words) and ("=" not in words[0] or any(word.startswith(_SAYS_PLANES) for word in words))
     lines = [text]
     if method in METHODS and not named and patterns_of(build_method(method)):
         lines = [" ".join([method, pattern, *words]) for pattern in patterns]
@@ -84,7 +87,8 @@ def _refuse_equal(rows: Sequence[Row]) -> None:
     seen: dict[tuple[Any, ...], Row] = {}
     for row in rows:
         config = row.config
-        settings = (config.build(), config.moment_weighting, config.coarse, config.spread)
+        budget = (config.bits, config.file_size, str(config.plan))
+        settings = (config.build(), config.moment_weighting, config.coarse, config.spread, *budget)
         same = seen.setdefault((*settings, config.inputs, config.dtype, config.strict), row)
         if same is not row:
             raise ConfigError(f"rows {same.name!r} and {row.name!r} are the same; name it once")

@@ -12,7 +12,7 @@ from pbsp.calibration.windows import Windows
 from pbsp.comparison.folder import ComparisonFolder
 from pbsp.comparison.result import Comparison, Original, RowResult
 from pbsp.comparison.rows import Row
-from pbsp.comparison.settings import settings_of, stored_tensors
+from pbsp.comparison.settings import settings_of
 from pbsp.comparison.table import write_tables
 from pbsp.compress import compress
 from pbsp.errors import ConfigError, PbspError
@@ -21,6 +21,7 @@ from pbsp.evaluation.perplexity import Predictions, evaluate
 from pbsp.evaluation.result import Evaluation
 from pbsp.models.folder import weight_bytes
 from pbsp.models.load import LoadedModel
+from pbsp.models.precision import stored_tensors
 from pbsp.report import CompressionReport
 from pbsp.save import save_compressed
 

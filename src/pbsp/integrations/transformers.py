@@ -13,7 +13,15 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from pbsp.errors import ConfigError, FormatError
+from pbsp.integrations.embeddings import (
+    RowsEntry,
+    check_embedding,
+    embedding_entries,
+    place_embeddings,
+    unpack_embeddings,
+)
 from pbsp.integrations.keys import ModelKeys
+from pbsp.models.experts import fuse_experts, split_experts
 from pbsp.packed_linear import PackedLinear
 from pbsp.storage.checkpoint import FORMAT_VERSION, LayerEntry, check_layer, packed_digest, read_headers
 from pbsp.storage.layouts import MARKERS
@@ -27,6 +35,7 @@ class PbspQuantizationConfig(QuantizationConfigMixin):
     Attributes:
         layers: entry of each packed linear, by module name.
         left_uncompressed: reason for each linear that was left as it was, by module name.
+        embeddings: entry of each embedding or head that is stored in 8 bit, by module name.
         provenance: how the model was made: settings, corpus digest, seed, versions; plain JSON.
     """
 
@@ -35,11 +44,13 @@ class PbspQuantizationConfig(QuantizationConfigMixin):
         *,
         layers: Mapping[str, LayerEntry] | None = None,
         left_uncompressed: Mapping[str, str] | None = None,
+        embeddings: Mapping[str, RowsEntry] | None = None,
         provenance: Mapping[str, Any] | None = None,
     ) -> None:
         self.quant_method = METHOD  # pyright: ignore[reportAttributeAccessIssue] - registered ones are str
         self.layers = dict(layers or {})
         self.left_uncompressed = dict(left_uncompressed or {})
+        self.embeddings = dict(embeddings or {})
         self.provenance = copy.deepcopy(dict(provenance or {}))
 
     @classmethod
@@ -57,16 +68,22 @@ class PbspQuantizationConfig(QuantizationConfigMixin):
                 f"the model has format version {version!r}; this pbsp reads version {FORMAT_VERSION}: "
                 "install the pbsp that wrote it, or compress the model again"
             )
-        objects = ("layers", "left_uncompressed", "provenance")
+        objects = ("layers", "left_uncompressed", "embeddings", "provenance")
         if unknown := set(config_dict) - {"quant_method", "format_version", *objects}:
             raise FormatError(f"unknown keys in quantization_config: {', '.join(sorted(unknown))}")
         for key in objects:
             if not isinstance(config_dict.get(key), Mapping):
                 raise FormatError(f"{key} in quantization_config is missing or not an object")
+        for name, reason in config_dict["left_uncompressed"].items():
+            if not isinstance(reason, str):
+                raise FormatError(f"left_uncompressed in quantization_config gives no reason for {name}")
         layers = {name: LayerEntry.from_dict(name, entry) for name, entry in config_dict["layers"].items()}
         config = cls(
             layers=layers,
             left_uncompressed=config_dict["left_uncompressed"],
+            embeddings={
+                name: RowsEntry.from_dict(name, entry) for name, entry in config_dict["embeddings"].items()
+            },
             provenance=config_dict["provenance"],
         )
         return (config, kwargs) if return_unused_kwargs else config
@@ -78,6 +95,7 @@ class PbspQuantizationConfig(QuantizationConfigMixin):
             "format_version": FORMAT_VERSION,
             "layers": {name: entry.to_dict() for name, entry in self.layers.items()},
             "left_uncompressed": dict(self.left_uncompressed),
+            "embeddings": {name: entry.to_dict() for name, entry in self.embeddings.items()},
             "provenance": copy.deepcopy(self.provenance),
         }
 
@@ -105,12 +123,20 @@ class PbspHfQuantizer(HfQuantizer):
         if not checkpoint_files or not all(file.endswith(".safetensors") for file in checkpoint_files):
             raise FormatError("a compressed model loads from its safetensors files only")
         tensors = read_headers(checkpoint_files)
+        split_experts(model, holding={*self._config.layers, *self._config.left_uncompressed})
         # The base model alone (AutoModel) has shorter names than the causal model that was saved.
         names = ModelKeys(model, self)
         layers = {names.module_name(name): entry for name, entry in self._config.layers.items()}
         for name, entry in layers.items():
             _check_place(model, name, entry)
             replace_module(model, name, _empty_linear(model.get_submodule(name), entry))
+        headless = model.get_output_embeddings() is None
+        embeddings = {
+            names.module_name(name): entry
+            for name, entry in self._config.embeddings.items()
+            if not (headless and name.endswith("lm_head"))
+        }
+        place_embeddings(model, embeddings)
         keys = ModelKeys(model, self)
         stored = keys.by_model_key(tensors)
         for key in stored:
@@ -124,7 +150,22 @@ class PbspHfQuantizer(HfQuantizer):
         with torch.device("cpu"):  # the model is being built on the meta device
             for name, entry in layers.items():
                 check_layer(name, entry, stored)
+            for name, entry in embeddings.items():
+                check_embedding(name, entry, stored)
         self._config.layers = layers
+        self._config.embeddings = embeddings
+        return model
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        """Bring the packed linears to the layout that the CPU kernels read, one at a time.
+
+        From here on the model is saved under its own names, those of the config, whatever its source's
+        files called them.
+        """
+        for module in model.modules():
+            if isinstance(module, PackedLinear):
+                module.prepare()
+        vars(model)["_weight_conversions"] = []  # None would stand for the architecture's usual ones
         return model
 
     def is_serializable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -149,6 +190,8 @@ class PbspHfQuantizer(HfQuantizer):
                 replace_module(model, name, dense_module(module, wanted))
             elif isinstance(module, PreTrainedModel) and hasattr(module.config, "_is_quantized"):
                 delattr(module.config, "_is_quantized")
+        fuse_experts(model)
+        unpack_embeddings(model, wanted)
         if recast:
             nn.Module.to(model, wanted)
         return model
@@ -170,7 +213,8 @@ def attach(model: PreTrainedModel, config: PbspQuantizationConfig) -> None:
     packed = {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
     if not packed:
         raise FormatError("the model has no packed linear, so there is nothing to save in packed form")
-    config.layers = {name: _entry(module) for name, module in packed.items()}
+    config.layers = {name: packed_entry(module) for name, module in packed.items()}
+    config.embeddings = embedding_entries(model)
     quantizer = PbspHfQuantizer(config, pre_quantized=True)
     for attribute, value in (
         ("hf_quantizer", quantizer),
@@ -208,7 +252,8 @@ def dense_module(module: PackedLinear, dtype: torch.dtype) -> nn.Module:
     return linear
 
 
-def _entry(module: PackedLinear) -> LayerEntry:
+def packed_entry(module: PackedLinear) -> LayerEntry:
+    """What config.json says about a packed linear."""
     return LayerEntry(module.form, module.bias is not None, packed_digest(module.packed))
 
 
@@ -217,6 +262,9 @@ def _check_place(model: PreTrainedModel, name: str, entry: LayerEntry) -> None:
     module = dict(model.named_modules()).get(name)
     if not isinstance(module, nn.Linear | Conv1D):
         raise FormatError(f"layer {name}: {type(model).__name__} has no linear of that name")
+    tied = model.all_tied_weights_keys
+    if f"{name}.weight" in {*tied, *tied.values()}:
+        raise FormatError(f"layer {name}: its weight is tied to another, so it cannot be packed")
     out_features, in_features = module.weight.T.shape if isinstance(module, Conv1D) else module.weight.shape
     found = (out_features, in_features, module.bias is not None)
     expected = (entry.form.out_features, entry.form.in_features, entry.bias)

@@ -22,11 +22,15 @@ class Block:
     module: nn.Module
 
     def linears(self) -> dict[str, nn.Module]:
-        """Full name → linear layer, in the order of definition; a layer with two names comes once."""
+        """Full name → linear layer, in the order of definition; a layer with two names comes once.
+
+        Routers of experts are left out: they are never compressed.
+        """
+        routers = _routers(self.module)
         return {
             f"{self.name}.{name}": module
             for name, module in self.module.named_modules()
-            if isinstance(module, LINEAR_TYPES)
+            if isinstance(module, LINEAR_TYPES) and module not in routers
         }
 
 
@@ -35,7 +39,8 @@ def decoder_blocks(model: PreTrainedModel) -> list[Block]:
 
     Raises:
         ModelError: the model names no such modules, is already compressed, or a block keeps more than
-            a tenth of its matrix weights outside linear layers (experts fused into one tensor).
+            a tenth of its matrix weights outside linear layers (fused experts that `split_experts` has not
+            replaced).
     """
     if getattr(model, "is_quantized", False):
         raise ModelError("the model is already quantized; compress the original instead")
@@ -59,6 +64,17 @@ def decoder_blocks(model: PreTrainedModel) -> list[Block]:
     return blocks
 
 
+def _routers(block: nn.Module) -> set[nn.Module]:
+    """Linears beside a list of experts that score the experts, or gate one that is shared: by their width."""
+    found: set[nn.Module] = set()
+    for holder in block.modules():
+        for experts in [child for child in holder.children() if isinstance(child, nn.ModuleList)]:
+            inside = set(experts.modules())
+            beside = [m for m in holder.modules() if isinstance(m, LINEAR_TYPES) and m not in inside]
+            found.update(m for m in beside if linear_weight(m).shape[0] in (1, len(experts)))
+    return found
+
+
 def _refuse_hidden_weights(block: Block) -> None:
     """Raise ModelError if linear layers hold too small a share of the block's matrices."""
     linear_ids = {id(module.weight) for module in block.linears().values()}
@@ -75,7 +91,8 @@ def _refuse_hidden_weights(block: Block) -> None:
     if share < _LEAST_LINEAR_SHARE:
         raise ModelError(
             f"{block.name} ({type(block.module).__name__}) keeps only {share:.0%} of its weights in linear "
-            f"layers; {largest[0] or 'the rest'} is of a kind that cannot be compressed yet (fused experts?)"
+            f"layers; {largest[0] or 'the rest'} is of a kind that cannot be compressed (experts fused in a "
+            "way unknown here?)"
         )
 
 
@@ -83,3 +100,12 @@ def linear_weight(module: nn.Module) -> Float[Tensor, "out in"]:
     """The layer's weight as (out, in); GPT-2's Conv1D keeps its transpose."""
     weight = module.get_parameter("weight").detach()
     return weight.T if isinstance(module, Conv1D) else weight
+
+
+def is_listed(block: Block, name: str) -> bool:
+    """Whether the linear is one of alternatives, such as experts: a module of a list inside the block."""
+    inner = name.removeprefix(f"{block.name}.").split(".")
+    return any(
+        isinstance(block.module.get_submodule(".".join(inner[:depth])), nn.ModuleList)
+        for depth in range(len(inner))
+    )

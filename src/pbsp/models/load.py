@@ -19,19 +19,22 @@ from pbsp.models.quiet import quiet_libraries
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 _HUB_IGNORED = ["*/*", "consolidated*"]  # other formats of the same weights
-_LOAD_ERRORS = (
+LOAD_ERRORS = (
     OSError,
     ValueError,
     TypeError,
-    KeyError,
+    LookupError,
     AttributeError,
+    ArithmeticError,
+    AssertionError,
     RuntimeError,
     ImportError,
     EOFError,
     SafetensorError,
     StrictDataclassError,
     pickle.UnpicklingError,
-)  # fmt: skip - what from_pretrained raises for folders that are damaged or that it does not know
+)  # fmt: skip
+"""What transformers raises for a folder or a config that is damaged or that it does not know."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,7 @@ def _hub_folder(source: str) -> Path:
     except HFValidationError:
         raise ModelError(f"{source!r} is not a folder and cannot be a Hub id; {known}") from None
     except HfHubHTTPError as error:
-        raise ModelError(f"the Hub does not give {source!r} ({_one_line(error)}); {known}") from None
+        raise ModelError(f"the Hub does not give {source!r} ({one_line(error)}); {known}") from None
     except OSError:
         raise ModelError(
             f"{source!r} is not a folder here, and the Hub cannot be reached to look for it; {known}"
@@ -133,8 +136,8 @@ def _load_folder(source: str, folder: Path, *, device: torch.device, dtype: obje
                 local_files_only=True,
                 trust_remote_code=False,
             )
-    except _LOAD_ERRORS as error:
-        raise ModelError(f"{source} cannot be loaded: {_one_line(error)}") from None
+    except LOAD_ERRORS as error:
+        raise ModelError(f"{source} cannot be loaded: {one_line(error)}") from None
     missing = sorted(info["missing_keys"])
     if missing:  # transformers fills them with random numbers and goes on
         raise ModelError(
@@ -150,8 +153,8 @@ def _load_tokenizer(source: str, folder: Path) -> PreTrainedTokenizerBase | None
     try:
         with quiet_libraries():
             return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except _LOAD_ERRORS as error:
-        raise ModelError(f"the tokenizer of {source} cannot be loaded: {_one_line(error)}") from None
+    except LOAD_ERRORS as error:
+        raise ModelError(f"the tokenizer of {source} cannot be loaded: {one_line(error)}") from None
 
 
 def _device(requested: str | torch.device) -> torch.device:
@@ -179,7 +182,7 @@ def _dtype(requested: str | torch.dtype, device: torch.device) -> torch.dtype | 
     return _DTYPES[requested]
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     """The first sentence or so of an error of another library."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 240 else text[:240].rsplit(" ", 1)[0] + " …"

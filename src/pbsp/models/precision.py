@@ -1,6 +1,10 @@
 """The values of a model's weights: whether all are finite, and which 16-bit type can hold them."""
 
+import hashlib
+from collections.abc import Iterator
+
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from pbsp.errors import ConfigError, ModelError
@@ -48,3 +52,21 @@ def cast_stored(model: PreTrainedModel, dtype: torch.dtype) -> None:
         if tensor.is_floating_point():
             tensor.data = tensor.data.to(dtype)
     model.config.dtype = dtype
+
+
+def stored_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """What `save_pretrained` writes, by its first name; a tensor with two names comes once."""
+    seen: set[int] = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            yield name, tensor
+
+
+def weights_digest(model: PreTrainedModel) -> str:
+    """SHA-256 of the names and bytes of all stored tensors."""
+    digest = hashlib.sha256()
+    for name, tensor in stored_tensors(model):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

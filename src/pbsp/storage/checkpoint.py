@@ -16,6 +16,7 @@ from pbsp.storage.layouts import FORMS, Form, Packed
 
 FORMAT_VERSION = 1
 _DTYPE_NAMES = {torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16"}
+_LARGEST_SIZE = 2**31 - 1
 _FLOAT_NAMES = ("F16", "BF16", "F32", "F64")
 
 
@@ -55,8 +56,9 @@ class LayerEntry:
             if type(entry[key]) is not expected:
                 raise FormatError(f"layer {name}: {key} is {entry[key]!r}, not {expected.__name__}")
         for key in sizes:
-            if entry[key] < 1:
-                raise FormatError(f"layer {name}: {key} is {entry[key]}; it must be positive")
+            if not 1 <= entry[key] <= _LARGEST_SIZE:
+                shown = entry[key] if abs(entry[key]) < 1 << 64 else "far too large"
+                raise FormatError(f"layer {name}: {key} is {shown}; it must be from 1 to {_LARGEST_SIZE}")
         if re.fullmatch("[0-9a-f]{64}", entry["sha256"]) is None:
             raise FormatError(f"layer {name}: sha256 is {entry['sha256']!r}, not 64 hexadecimal digits")
         try:
@@ -113,7 +115,8 @@ def check_layer(name: str, entry: LayerEntry, stored: Mapping[str, StoredTensor]
         FormatError: anything of the layer is missing, differs or has no meaning; it names the layer.
     """
     check_layer_headers(name, entry, stored)
-    packed = entry.form.packed({suffix: _read(stored[f"{name}.{suffix}"]) for suffix in entry.form.specs()})
+    tensors = {suffix: read_tensor(stored[f"{name}.{suffix}"]) for suffix in entry.form.specs()}
+    packed = entry.form.packed(tensors)
     digest = packed_digest(packed)
     if digest != entry.sha256:
         raise FormatError(
@@ -129,17 +132,17 @@ def check_layer(name: str, entry: LayerEntry, stored: Mapping[str, StoredTensor]
 def check_layer_headers(name: str, entry: LayerEntry, stored: Mapping[str, StoredTensor]) -> None:
     """The first part of `check_layer`, which reads no tensor: names, shapes and dtypes."""
     for suffix, spec in entry.form.specs().items():
-        _check_header(f"{name}.{suffix}", stored, spec.shape, (_DTYPE_NAMES[spec.dtype],))
+        check_header(f"{name}.{suffix}", stored, spec.shape, (_DTYPE_NAMES[spec.dtype],))
     if entry.bias:
-        _check_header(f"{name}.bias", stored, (entry.form.out_features,), _FLOAT_NAMES)
+        check_header(f"{name}.bias", stored, (entry.form.out_features,), _FLOAT_NAMES)
 
 
 def read_nominal_bits(name: str, entry: LayerEntry, stored: Mapping[str, StoredTensor]) -> float:
     """Bits per weight of a layer as the papers count them; reads a tensor only where they depend on it."""
-    return entry.form.nominal_bits(lambda suffix: _read(stored[f"{name}.{suffix}"]))
+    return entry.form.nominal_bits(lambda suffix: read_tensor(stored[f"{name}.{suffix}"]))
 
 
-def _check_header(
+def check_header(
     name: str, stored: Mapping[str, StoredTensor], shape: tuple[int, ...], dtypes: tuple[str, ...]
 ) -> None:
     """Raise FormatError unless tensor `name` is stored with that shape and one of the dtypes."""
@@ -153,7 +156,8 @@ def _check_header(
         )
 
 
-def _read(tensor: StoredTensor) -> torch.Tensor:
+def read_tensor(tensor: StoredTensor) -> torch.Tensor:
+    """The tensor's values."""
     with _opened(tensor.file) as opened:
         return opened.get_tensor(tensor.key)
 

@@ -1,0 +1,173 @@
+"""The planes of every linear layer by what they are expected to cost the model, within a budget of bits."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pbsp.allocation.budget import Choice, allocate
+from pbsp.allocation.menu import MENU, PROBES, Planes, errors_from_probes, planes_bits
+from pbsp.allocation.plan import Plan, uniform_plan
+from pbsp.calibration.sensitivity import Sensitivity, measure_sensitivities
+from pbsp.errors import CalibrationError
+from pbsp.methods.planes import PlaneFit
+from pbsp.models.blocks import Block, linear_weight
+
+_PROBED_ROWS = 32
+
+
+@dataclass(frozen=True)
+class LayerCosts:
+    """What one linear layer could be stored as, and what that would cost.
+
+    Attributes:
+        weights: how many it has.
+        worth: nats per token that zeros in the layer's place would add by the same formula.
+        choices: entry of the menu → its bits, and the nats per token that it is expected to add.
+    """
+
+    weights: int
+    worth: float
+    choices: dict[Planes, Choice]
+
+
+@dataclass(frozen=True)
+class Costs:
+    """The costs of all linear layers, of which plans for any budget follow.
+
+    Attributes:
+        tiling: the layers that can have planes, and those that cannot.
+        layers: by name; of layers with one weight tensor only the first.
+        left_bits: of the layers that cannot, in 16 bit.
+        token_weights: linear layer → weights of its tokens by the gradient, see `Sensitivity`.
+    """
+
+    tiling: Plan
+    layers: dict[str, LayerCosts]
+    left_bits: int
+    token_weights: dict[str, Tensor]
+
+    @property
+    def weights(self) -> int:
+        """Weights of all linear layers, as `CompressionReport.stored_bits` counts them."""
+        return self.left_bits // 16 + sum(
+            self.layers[name].weights * users for name, users in self._users().items()
+        )
+
+    def plan(self, budget: int) -> Plan:
+        """The planes with the least expected loss whose bits, with the left layers', are within the budget.
+
+        Raises:
+            ConfigError: the budget is too small.
+        """
+        users = self._users()
+        parts = [
+            [Choice(choice.bits * users[name], choice.loss) for choice in layer.choices.values()]
+            for name, layer in self.layers.items()
+        ]
+        chosen = allocate(parts, budget - self.left_bits)
+        planes = {
+            name: list(layer.choices)[index]
+            for (name, layer), index in zip(self.layers.items(), chosen, strict=True)
+        }
+        patterns = {name: planes[self.tiling.same_as.get(name, name)] for name in self.tiling.patterns}
+        return replace(self.tiling, patterns=patterns)
+
+    def smallest(self) -> Plan:
+        """The plan of the fewest bits."""
+        least = {
+            name: min(layer.choices.values()).bits * self._users()[name]
+            for name, layer in self.layers.items()
+        }
+        return self.plan(self.left_bits + sum(least.values()))
+
+    def bits(self, plan: Plan) -> int:
+        """What the plan stores, layers that are left as they are included."""
+        users = self._users()
+        planned = (self.layers[name].choices[plan.patterns[name]].bits * users[name] for name in self.layers)
+        return self.left_bits + sum(planned)
+
+    def expected_loss(self, plan: Plan) -> float:
+        """Nats per token that the plan is expected to add: the layers' in sum."""
+        return sum(layer.choices[plan.patterns[name]].loss for name, layer in self.layers.items())
+
+    def _users(self) -> Counter[str]:
+        return Counter(self.tiling.same_as.get(name, name) for name in self.tiling.patterns)
+
+
+def measure_costs(
+    model: PreTrainedModel,
+    blocks: list[Block],
+    tokens: Int64[Tensor, "windows context"],
+    method: PlaneFit,
+    *,
+    strict: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Costs:
+    """Find out by one backward pass over the windows, and by two trial fits of some rows of every layer.
+
+    Args:
+        method: its block, damping and sweeps; its patterns do not matter.
+        strict: as in `uniform_plan`.
+        progress: told blocks done and blocks in all.
+
+    Raises:
+        CalibrationError, ModelError: see `measure_sensitivities`.
+        PatternError: no layer can take planes, or, with `strict`, one cannot.
+    """
+    tiling = uniform_plan(blocks, PROBES[1], strict=strict)
+    modules = {name: module for block in blocks for name, module in block.linears().items()}
+    found: dict[str, LayerCosts] = {}
+    weights: dict[str, Tensor] = {}
+
+    def visit(name: str, sensitivity: Sensitivity) -> None:
+        if len(sensitivity.weights) == tokens.numel():  # else, as in experts, which tokens come may change
+            weights[name] = sensitivity.weights
+        if name in tiling.patterns and name not in tiling.same_as:
+            try:
+                found[name] = _costs(linear_weight(modules[name]).float(), sensitivity, method)
+            except CalibrationError as error:
+                raise CalibrationError(f"{name}: {error}") from None
+
+    measure_sensitivities(model, blocks, tokens, visit, progress=progress)
+    left_bits = 16 * sum(linear_weight(modules[name]).numel() for name in tiling.left_uncompressed)
+    names = [name for name in tiling.patterns if name not in tiling.same_as]
+    unseen = {
+        name: _unseen(linear_weight(modules[name]), method.block) for name in names if name not in found
+    }
+    layers = {name: found.get(name) or unseen[name] for name in names}
+    return Costs(tiling, layers, left_bits, weights)
+
+
+def _costs(weight: Float[Tensor, "out in"], sensitivity: Sensitivity, method: PlaneFit) -> LayerCosts:
+    rows, columns = weight.shape
+    every = torch.arange(rows, device=weight.device)
+    worth = float(sensitivity.row_losses(weight, every).sum())
+    sample = torch.linspace(0, rows - 1, min(_PROBED_ROWS, rows), device=weight.device).round().long()
+    some = weight[sample]
+    whole = float(sensitivity.row_losses(some, sample).sum())
+    tried = []
+    for planes in PROBES:
+        left = some - replace(method, patterns=planes).compress(some, sensitivity.moment).dense()
+        tried.append(float(sensitivity.row_losses(left, sample).sum()) / max(whole, 1e-30))
+    errors = errors_from_probes(tried[0], tried[1], method.block, method.sweeps)
+    choices = {
+        planes: Choice(planes_bits(planes, rows, columns, method.block), worth * errors[planes])
+        for planes in _tiling(columns)
+    }
+    return LayerCosts(weight.numel(), worth, choices)
+
+
+def _unseen(weight: Float[Tensor, "out in"], block: int) -> LayerCosts:
+    """Of a layer that the windows never reach: nothing says that it matters."""
+    rows, columns = weight.shape
+    choices = {planes: Choice(planes_bits(planes, rows, columns, block), 0.0) for planes in _tiling(columns)}
+    return LayerCosts(weight.numel(), 0.0, choices)
+
+
+def _tiling(columns: int) -> list[Planes]:
+    return [planes for planes in MENU if all(columns % pattern.group == 0 for pattern in planes)]

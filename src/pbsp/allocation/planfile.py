@@ -1,0 +1,97 @@
+"""A plan as a small file that people read, change and replay: one line for every linear layer."""
+
+import json
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+
+from pbsp.allocation.plan import Plan
+from pbsp.errors import ConfigError, PatternError
+from pbsp.models.blocks import Block, linear_weight
+from pbsp.pruning.pattern import format_patterns, parse_patterns
+
+PLAN_FILE = "plan.toml"
+KEPT = "16 bit"
+_TABLE = "planes"
+_HEADER = f"""\
+# Planes of every linear layer, N:M or several joined by +, as "4:8+2:8"; "{KEPT}" leaves it as it is.
+# Replay it, changed or not, with pbsp compress --plan FILE.
+"""
+
+
+def plan_text(planes: Mapping[str, str]) -> str:
+    """The file's content; `planes` as `read_plan` gives it."""
+    lines = [f"{json.dumps(name)} = {json.dumps(written)}" for name, written in planes.items()]
+    return f"{_HEADER}\n[{_TABLE}]\n" + "\n".join(lines) + "\n"
+
+
+def written_plan(plan: Plan) -> dict[str, str]:
+    """Linear layer → its planes as they are written, in the plan's order."""
+    chosen = {name: format_patterns(patterns) for name, patterns in plan.patterns.items()}
+    return {**chosen, **dict.fromkeys(plan.left_uncompressed, KEPT)}
+
+
+def read_plan(path: Path) -> dict[str, str]:
+    """Linear layer → its planes as they are written.
+
+    Raises:
+        ConfigError: the file cannot be read or holds something else; it says where.
+    """
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist; --plan takes a compressed model's {PLAN_FILE}") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read as a plan: {error}") from None
+    planes = values.get(_TABLE)
+    if set(values) != {_TABLE} or not isinstance(planes, dict) or not planes:
+        raise ConfigError(f"{path} is not a plan: it must have one table, [{_TABLE}], with a line a layer")
+    check_written(planes)
+    return planes
+
+
+def check_written(planes: Mapping[str, object]) -> None:
+    """Raise ConfigError, naming the layer, unless every value is planes or KEPT."""
+    for name, written in planes.items():
+        if written == KEPT:
+            continue
+        try:
+            parse_patterns(written if isinstance(written, str) else repr(written))
+        except PatternError as error:
+            raise ConfigError(f'plan: {name}: {error}; or "{KEPT}"') from None
+
+
+def plan_of(blocks: list[Block], planes: Mapping[str, str]) -> Plan:
+    """The plan that the file describes, for this model.
+
+    Raises:
+        ConfigError: it names a layer that the model lacks, lacks one that it has, or gives two with one
+            weight tensor different planes.
+        PatternError: planes do not tile a layer's rows, or no layer has planes.
+    """
+    modules = {name: module for block in blocks for name, module in block.linears().items()}
+    for name in planes:
+        if name not in modules:
+            raise ConfigError(f"plan: the model has no linear layer {name} in its decoder blocks")
+    patterns, left, same_as = {}, {}, {}
+    first_name: dict[int, str] = {}
+    for name, module in modules.items():
+        if name not in planes:
+            raise ConfigError(f'plan: {name} is not in it; give its planes, or "{KEPT}"')
+        if planes[name] == KEPT:
+            left[name] = "kept by the plan"
+            continue
+        patterns[name] = parse_patterns(planes[name])
+        for pattern in patterns[name]:
+            try:
+                pattern.check(linear_weight(module).shape[1])
+            except PatternError as error:
+                raise PatternError(f"plan: {name}: {error}") from None
+        first = first_name.setdefault(id(module.weight), name)
+        if first != name:
+            same_as[name] = first
+            if patterns[name] != patterns[first]:
+                raise ConfigError(f"plan: {first} and {name} share one weight; give both the same planes")
+    if not patterns:
+        raise PatternError("plan: it leaves every layer as it is; nothing would be compressed")
+    return Plan(patterns, left, same_as)

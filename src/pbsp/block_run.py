@@ -1,0 +1,167 @@
+"""One pass over a model's blocks: each is measured, solved, replaced, and kept in case the run is ended."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from pbsp.calibration.experts import ExpertInputs
+from pbsp.calibration.moments import collect_block_moments
+from pbsp.calibration.walk import Walk
+from pbsp.config import Config
+from pbsp.integrations.transformers import packed_entry, replace_module
+from pbsp.models.blocks import Block, linear_weight
+from pbsp.packed_linear import PackedLinear
+from pbsp.planning import Planned
+from pbsp.pruning.pattern import format_patterns
+from pbsp.report import LayerReport
+from pbsp.solving import solve_linears
+from pbsp.storage.checkpoint import LayerEntry
+from pbsp.storage.layouts import Representation, is_packable
+from pbsp.unfinished import FinishedBlock, Unfinished
+
+Progress = Callable[[str, int, int], None]
+"""Called with a stage's name, the steps done and the steps in all."""
+
+
+@dataclass
+class BlockRun:
+    """One pass over the blocks, and what it finds on the way."""
+
+    model: PreTrainedModel
+    blocks: list[Block]
+    planned: Planned
+    config: Config
+    seconds: dict[str, float]
+    tell: Progress
+    plain_because: dict[str, str] = field(default_factory=dict)
+    uncalibrated: dict[str, str] = field(default_factory=dict)
+    packed: bool = True
+    unfinished: Unfinished | None = None
+    solved: dict[str, tuple[Representation, float]] = field(default_factory=dict)  # of shared weights
+
+    def compress_blocks(self, tokens: Tensor) -> Iterator[LayerReport]:
+        """Measure, solve and replace block after block, each behind its compressed predecessors."""
+        with timed(self.seconds, "calibrate"):
+            walk = Walk(self.model, self.blocks, tokens)
+        done = self._restored(walk)
+        for layers in done:
+            yield from layers
+        for index in range(len(done), len(self.blocks)):
+            self.tell("compress", index, len(self.blocks))
+            layers = self._compress_block(walk, index)
+            if self.unfinished:
+                self.unfinished.keep(index, self._finished(layers), walk.hidden)
+            yield from layers
+        self.tell("compress", len(self.blocks), len(self.blocks))
+
+    def _compress_block(self, walk: Walk, index: int) -> list[LayerReport]:
+        """The reports of one block's layers, which are replaced; the walk then stands behind it."""
+        block = self.blocks[index]
+        original_inputs = self.config.inputs == "original"
+        linears = {
+            name: module for name, module in block.linears().items() if name in self.planned.plan.patterns
+        }
+        with timed(self.seconds, "calibrate"):
+            experts = ExpertInputs(block, windows=len(walk.hidden))
+            with experts.watching():
+                moments = collect_block_moments(
+                    walk,
+                    index,
+                    block,
+                    linears,
+                    weighting=self.config.moment_weighting,
+                    weights=self.planned.token_weights,
+                    keep=original_inputs,
+                )
+            stand_ins = experts.stand_ins(linears, moments.inputs)
+            self.plain_because |= moments.plain_because
+            self.uncalibrated |= stand_ins.reasons
+        with timed(self.seconds, "solve"):
+            solved = solve_linears(linears, moments.inputs | stand_ins.inputs, self.planned.plan, self.config)
+            shared = self.planned.plan.same_as.values()
+            self.solved |= {name: result for name, result in solved.items() if name in shared}
+            solved |= self.solved
+            layers = [
+                self._replace(name, module, *solved[self.planned.plan.same_as.get(name, name)])
+                for name, module in linears.items()
+            ]
+        with timed(self.seconds, "calibrate"):
+            if not original_inputs:
+                walk.run(index, block.module, keep=True)
+        return layers
+
+    def _restored(self, walk: Walk) -> list[list[LayerReport]]:
+        """Put back the blocks that an earlier run has finished; the walk then stands behind them."""
+        if self.unfinished is None:
+            return []
+        reports = []
+        count = self.unfinished.finished()
+        for index in range(count):
+            block = self.unfinished.block(index)
+            reports.append([LayerReport(**values) for values in block.entries["layers"]])
+            for report in reports[-1]:
+                entry = LayerEntry.from_dict(report.name, block.entries["forms"][report.name])
+                names = {suffix: f"{report.name}.{suffix}" for suffix in entry.form.specs()}
+                packed = entry.form.packed({suffix: block.tensors[name] for suffix, name in names.items()})
+                representation = packed.unpack()
+                if report.name in self.planned.plan.same_as.values():
+                    self.solved[report.name] = representation, report.output_error
+                self._replace(
+                    report.name,
+                    self.model.get_submodule(report.name),
+                    representation,
+                    report.output_error,
+                )
+            self.plain_because |= block.entries["plain_because"]
+            self.uncalibrated |= block.entries["uncalibrated"]
+        if count:
+            walk.hidden = [state.to(self.model.device) for state in self.unfinished.hidden(count - 1)]
+        return reports
+
+    def _finished(self, layers: list[LayerReport]) -> FinishedBlock:
+        """What `_restored` needs of a block."""
+        found = {layer.name: self.model.get_submodule(layer.name) for layer in layers}
+        modules = {name: module for name, module in found.items() if isinstance(module, PackedLinear)}
+        assert len(modules) == len(found), "only packed layers can be kept"
+        entries = {name: packed_entry(module) for name, module in modules.items()}
+        return FinishedBlock(
+            {
+                f"{name}.{suffix}": tensor.cpu()
+                for name, module in modules.items()
+                for suffix, tensor in module.packed.tensors().items()
+            },
+            {
+                "layers": [asdict(layer) for layer in layers],
+                "forms": {name: entry.to_dict() for name, entry in entries.items()},
+                "plain_because": self.plain_because,
+                "uncalibrated": self.uncalibrated,
+            },
+        )
+
+    def _replace(
+        self, name: str, module: nn.Module, representation: Representation, error: float
+    ) -> LayerReport:
+        """Put the packed layer in the linear's place, or its values where no layout holds them."""
+        if is_packable(representation):
+            bias = module.bias if isinstance(module.bias, Tensor) else None
+            layer = PackedLinear.of(representation, bias)
+            replace_module(self.model, name, layer)
+            return LayerReport.of(name, layer, error)
+        self.packed = False
+        linear_weight(module).copy_(representation.dense())
+        pattern = format_patterns(self.planned.plan.patterns[name]) or "dense"
+        return LayerReport.of_values(name, representation, pattern, error)
+
+
+@contextmanager
+def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    """Add the wall time of the block to a stage."""
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[stage] += time.perf_counter() - start

@@ -1,0 +1,106 @@
+"""How much an error in a linear layer's output raises the model's loss, from one backward pass."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pbsp.calibration.gradients import BackwardWalk
+from pbsp.calibration.moments import Moment
+from pbsp.models.blocks import Block
+
+_CUT = 0.999
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What the loss's gradients say of one linear layer.
+
+    Attributes:
+        moment: of its inputs, tokens weighted by the squared length of the gradient at the output (see
+            `cut_lengths`); the weights' mean is 1.
+        row_energy: mean over tokens of the squared gradient at each output, in nats² per unit².
+        weights: of its tokens in that moment, in the order in which it was called on them.
+    """
+
+    moment: Float[Tensor, "in in"]
+    row_energy: Float[Tensor, "out"]
+    weights: Float[Tensor, "tokens"]
+
+    def row_losses(self, difference: Float[Tensor, "rows in"], rows: Tensor) -> Float[Tensor, "rows"]:
+        """What a change of these rows adds to the loss, in nats per token, for each of them.
+
+        To second order, with the squared gradient as curvature (empirical Fisher) and rows taken as
+        independent: ½ E[gᵢ²] · dᵢ S dᵢᵀ.
+        """
+        return 0.5 * self.row_energy[rows] * ((difference @ self.moment) * difference).sum(1)
+
+
+def measure_sensitivities(
+    model: PreTrainedModel,
+    blocks: list[Block],
+    tokens: Int64[Tensor, "windows context"],
+    visit: Callable[[str, Sensitivity], None],
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Call `visit` with the sensitivity of every linear that the windows reach, the last block first.
+
+    Args:
+        tokens: the loss is the model's own on them.
+        visit: told one linear at a time; the sensitivities of one block alone are held.
+        progress: told blocks done and blocks in all.
+
+    Raises:
+        CalibrationError, ModelError: see `BackwardWalk`.
+    """
+    walk = BackwardWalk(model, blocks, tokens)
+    for done in range(len(blocks)):
+        if progress:
+            progress(done, len(blocks))
+        gathered: dict[str, _Gathered] = {}
+
+        def watch(window: int, name: str, inputs: Tensor, gradient: Tensor, into: dict = gathered) -> None:
+            into.setdefault(name, _Gathered()).add(inputs, gradient)
+
+        walk.step(watch)
+        for name, sums in gathered.items():
+            visit(name, sums.sensitivity())
+
+
+def cut_lengths(squared: Float[Tensor, "tokens"]) -> Float[Tensor, "tokens"]:
+    """A window's squared gradient lengths, cut off at what one token in a thousand exceeds.
+
+    Single tokens can have gradients so large that they alone would decide what a layer seems to be worth:
+    cut, the rank correlation with what layers cost was 0.84 instead of 0.75 (benchmarks/sensitivity.py).
+    """
+    return squared.clamp_max(torch.quantile(squared, _CUT))
+
+
+class _Gathered:
+    """Sums over the tokens seen so far, the windows in the order in which they come."""
+
+    def __init__(self) -> None:
+        self._moment = Moment()
+        self._energy: Tensor | float = 0.0
+        self._lengths: list[Tensor] = []
+
+    def add(self, inputs: Float[Tensor, "*tokens in"], gradient: Float[Tensor, "*tokens out"]) -> None:
+        squares = gradient.reshape(-1, gradient.shape[-1]).float().square()
+        lengths = squares.sum(1)
+        if len(lengths) == 0:
+            return
+        cut = cut_lengths(lengths)
+        self._moment.update(inputs.reshape(len(lengths), -1).float() * cut.sqrt()[:, None])
+        self._energy = self._energy + (cut / lengths.clamp_min(1e-30)) @ squares
+        self._lengths.append(cut)
+
+    def sensitivity(self) -> Sensitivity:
+        lengths = torch.cat(self._lengths)
+        mean = float(lengths.mean())
+        weights = lengths / mean if mean > 0 else torch.ones_like(lengths)
+        energy = torch.as_tensor(self._energy) / len(lengths)
+        return Sensitivity(self._moment.mean() / max(mean, 1e-30), energy, weights)

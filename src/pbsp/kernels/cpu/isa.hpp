@@ -1,0 +1,31 @@
+// Products and decoding of matrix rows, written once for all instruction sets.
+//
+// A file for one of them defines a struct `Isa` and instantiates `kernels_of<Isa>()`. Everything here has
+// internal linkage, so that no other file can end up calling code for a machine it does not run on; for
+// the same reason nothing of the standard library is used but memcpy.
+//
+//   kName, kTileRows, kLanes       see `Kernels`
+//   kAccumulators                  sums of integers that fit the registers
+//   Ints, Floats, Weights          lanes of int32 and float; 64 weights of −1, 0 or 1
+//   deposit(bits, mask)            the low bits, spread to where the mask has ones
+//   weights(support, plus)         from a bit for each weight
+//   dot(sums, weights, digits)     adds 64 products; each weight counts one more than it is if kLanes > 0
+//   load, zero, to_float, broadcast, multiply, multiply_add, total
+//   add_16(support, plus, scale, row)   row[i] ± scale for 16 weights
+#pragma once
+
+#include "decode.hpp"
+#include "multiply.hpp"
+#include "planes.hpp"
+#include "prepare.hpp"
+
+namespace pbsp {
+namespace {
+
+template <class Isa>
+constexpr Kernels kernels_of() {
+  return {Isa::kName, Isa::kTileRows, Isa::kLanes, prepare_tile<Isa>, multiply_rows<Isa>, decode_rows<Isa>};
+}
+
+}  // namespace
+}  // namespace pbsp

@@ -1,0 +1,3 @@
+#include "neon.inc"
+
+const pbsp::Kernels pbsp::kNeon = pbsp::kernels_of<pbsp::Isa>();

@@ -1,0 +1,58 @@
+/* The library's interface: plain pointers and numbers, so that any language loads it and no torch header is
+ * needed. Functions that return int give 0, or 1 if there was not enough memory; nothing else can fail, for
+ * arguments are taken to be valid. Names are "avx512", "avx2", "neon" and "portable". */
+#ifndef PBSP_CPU_H
+#define PBSP_CPU_H
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define PBSP_EXPORT __attribute__((visibility("default")))
+
+typedef struct {
+  const uint8_t* layout; /* see planes.hpp */
+  const uint8_t* scales; /* as stored, see docs/format.md; so are the offsets */
+  const int8_t* offsets;
+  int64_t rows;
+  int64_t columns;
+  int64_t scale_block;
+  int32_t planes;
+  int32_t patterns[8]; /* N and M of each plane */
+} PbspMatrix;
+
+/* Changes when this file does. */
+PBSP_EXPORT int pbsp_abi(void);
+
+/* Whether the kernels of this name are compiled in and this machine has the instructions. */
+PBSP_EXPORT int pbsp_supports(const char* name);
+
+/* GOMP_parallel of an OpenMP library whose threads shall do the work; null: threads of our own. */
+PBSP_EXPORT void pbsp_use_team(void (*team)(void (*work)(void*), void* argument, unsigned threads, unsigned flags));
+
+/* Bytes of a row of the runtime layout. */
+PBSP_EXPORT int64_t pbsp_row_bytes(const PbspMatrix* matrix);
+
+/* Between the stored codes (rows, code bytes) and the runtime layout (rows, row bytes). */
+PBSP_EXPORT int pbsp_from_codes(const PbspMatrix* matrix, const uint8_t* codes, uint8_t* layout, int threads);
+PBSP_EXPORT int pbsp_to_codes(const PbspMatrix* matrix, uint8_t* codes, int threads);
+
+/* y (x_rows, rows) = x (x_rows, columns) * transposed matrix + bias. x and y are float32, bfloat16 or float16
+ * (dtype 0, 1, 2), bias is float32 or null; each number of x becomes 1 to 4 signed bytes, the digits. */
+PBSP_EXPORT int pbsp_multiply(const char* name, const PbspMatrix* matrix, const void* x, void* y, int64_t x_rows,
+                              int dtype, const float* bias, int digits, int threads);
+
+/* Rows low to high as (high - low, columns) numbers. */
+PBSP_EXPORT int pbsp_decode(const char* name, const PbspMatrix* matrix, int64_t low, int64_t high, void* dense,
+                            int dtype, int threads);
+
+/* Reads `count` words once, as fast as the memory gives them; the sum keeps a compiler from leaving that out. */
+PBSP_EXPORT int pbsp_read(const uint64_t* words, int64_t count, int threads, uint64_t* sum);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

@@ -1,0 +1,88 @@
+// The runtime layout of packed planes and what a product of it with activations is described by.
+//
+// A row of the layout holds, plane by plane, the signs of its kept weights as a bit stream in order of
+// position (1 = plus), then a bit for every column (1 = kept) in 64-bit words, little-endian. Where all
+// weights of a plane are kept there are no support words, and the sign words are whole. Bits beyond the
+// last column are zero. Signs come first: a sign word that is read a few bytes too far stays in the row.
+//
+// Only plain structs: files compiled for one instruction set include this, and an inline function of a
+// header may be linked from any of them.
+#pragma once
+
+#include <cstdint>
+
+namespace pbsp {
+
+constexpr int kMaxPlanes = 4;
+constexpr int kChunk = 64;  // columns of a support word
+constexpr int kMaxDigits = 4;
+constexpr int64_t kGroupRows = 8;  // rows of the matrix that are expanded before all activations meet them
+
+enum class Dtype : int { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
+
+struct Plane {
+  int kept;
+  int group;
+  int64_t signs_at;    // byte of a row where the signs begin
+  int64_t support_at;  // byte of a row where the support words begin; none if kept == group
+  int64_t chunk_bits;  // signs of a chunk, if all chunks have as many; else 0
+};
+
+struct Matrix {
+  const uint8_t* layout;
+  const uint8_t* scales;  // E3M5 codes: per row the blocks of plane 0, then of plane 1…
+  int64_t rows;
+  int64_t columns;
+  int64_t row_bytes;
+  int64_t chunks;
+  int64_t scale_block;
+  int64_t blocks;
+  int planes;
+  Plane plane[kMaxPlanes];
+  float scale_of[kMaxPlanes][256];
+};
+
+// A chunk, or the part of one that lies in one scale block.
+struct Segment {
+  int64_t chunk;
+  int64_t first;  // column
+  int64_t count;
+};
+
+// Some rows of activations as integers: x ≈ unit · Σ_d digit_d · 256^d, one unit for each row and block.
+struct Tile {
+  int64_t first_row;
+  int rows;
+  int8_t* digits;   // segment, row, digit, 64 columns
+  int32_t* starts;  // block, row, digit, lanes: minus the digits' sums, for kernels that count from −1
+  float* units;     // block, row
+};
+
+struct Product {
+  const Matrix* matrix;
+  const Segment* segments;
+  const int64_t* block_ends;  // the segment behind each block's last
+  int64_t segment_count;
+  const Tile* tiles;
+  int64_t tile_count;
+  int digits;
+  const float* bias;  // or null
+  void* y;            // (activation rows, matrix rows)
+  Dtype dtype;
+};
+
+// What one instruction set offers; see isa.hpp.
+struct Kernels {
+  const char* name;
+  int tile_rows;
+  int lanes;  // int32 numbers of `Tile::starts` for each block, row and digit; 0 for none
+  void (*prepare)(const Product& product, const Tile& tile, const void* x, float* row);
+  void (*multiply)(const Product& product, int64_t low, int64_t high, uint64_t* words);
+  void (*decode)(const Matrix& matrix, int64_t low, int64_t high, void* dense, Dtype dtype, uint64_t* words,
+                 float* row);
+};
+
+// Words that `multiply` and `decode` are given to work in; the first `chunks` of them are ones.
+constexpr int64_t word_count(const Matrix& matrix) { return (kGroupRows * matrix.planes + 1) * matrix.chunks; }
+
+}  // namespace pbsp

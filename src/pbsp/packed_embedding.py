@@ -1,0 +1,64 @@
+"""Embeddings and heads that hold their matrix in 8 bit; tied, they hold one matrix."""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from pbsp.quantization.rows import SCALE_BYTES, dequantize_rows, quantize_rows, row_scales
+
+_TILE_BYTES = 1 << 21  # of codes decoded at once: their float32 values are in a core's cache
+
+
+class _Rows(nn.Module):
+    """A matrix of 8-bit rows, called `weight` as the dense one was, so that it is tied as that was.
+
+    Attributes:
+        dtype: of what is computed with it; a plain tensor's would follow `model.to(dtype)`, bytes do not.
+    """
+
+    weight: nn.Parameter
+
+    def __init__(
+        self, rows: int, columns: int, dtype: torch.dtype, device: torch.device | str | None = None
+    ) -> None:
+        super().__init__()
+        empty = torch.empty(rows, columns + SCALE_BYTES, dtype=torch.uint8, device=device)
+        self.weight = nn.Parameter(empty, requires_grad=False)
+        self.dtype = dtype
+
+    def dense(self, dtype: torch.dtype) -> Float[Tensor, "rows columns"]:
+        """The matrix, decoded."""
+        return dequantize_rows(self.weight.detach(), dtype)
+
+    def set_dense(self, weight: Float[Tensor, "rows columns"]) -> None:
+        """Hold the rows of `weight`."""
+        self.weight = nn.Parameter(quantize_rows(weight), requires_grad=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_Rows":
+        probe = fn(torch.empty(0, dtype=self.dtype, device=self.weight.device))
+        self.dtype = probe.dtype
+        return super()._apply(fn, recurse)
+
+
+class PackedEmbedding(_Rows):
+    """What `nn.Embedding` does, from 8-bit rows."""
+
+    def forward(self, tokens: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch features"]:
+        """Decode the rows of these tokens."""
+        return dequantize_rows(self.weight.detach()[tokens], self.dtype)
+
+
+class PackedHead(_Rows):
+    """What a linear layer without bias does, from 8-bit rows."""
+
+    def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        """X Wᵀ in x's dtype: integers are decoded some rows at a time, scales come after the sums."""
+        weight = self.weight.detach()
+        step = max(1, _TILE_BYTES // weight.shape[1])
+        parts = [
+            torch.nn.functional.linear(x, tile[:, :-SCALE_BYTES].view(torch.int8).to(x.dtype))
+            for tile in weight.split(step)
+        ]
+        return torch.cat(parts, -1) * row_scales(weight).to(x.dtype)[:, 0]

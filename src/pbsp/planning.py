@@ -1,0 +1,192 @@
+"""From what a config asks for to the planes of every linear layer: given, uniform, by block, or measured."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pbsp.allocation.coarse import CoarseAllocation, coarse_plan
+from pbsp.allocation.measured import Costs, measure_costs
+from pbsp.allocation.menu import planes_bits
+from pbsp.allocation.plan import Plan, uniform_plan
+from pbsp.allocation.planfile import plan_of
+from pbsp.calibration.importance import block_cosines, outlier_ratios
+from pbsp.config import Config
+from pbsp.errors import ConfigError
+from pbsp.integrations.embeddings import packable_embeddings
+from pbsp.methods.planes import PlaneFit
+from pbsp.models.blocks import Block, linear_weight
+from pbsp.models.precision import storage_dtype, stored_tensors
+from pbsp.pruning.pattern import format_patterns, parse_patterns
+from pbsp.quantization.rows import SCALE_BYTES
+from pbsp.storage.bits import CODES, TensorSpec
+from pbsp.storage.filesize import safetensors_bytes
+from pbsp.storage.planes import PlanesForm
+
+MEASURED_WINDOWS = 8
+"""Calibration windows that costs are measured on; each takes about three times the work of a forward pass."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A plan, and where it comes from.
+
+    Attributes:
+        coarse: an allocation over blocks, where that was asked for.
+        expected_loss: nats per token that the plan is expected to add, where costs were measured.
+        token_weights: linear layer → weights of its tokens in its moment; where tokens weigh by gradient.
+    """
+
+    plan: Plan
+    coarse: CoarseAllocation | None = None
+    expected_loss: float | None = None
+    token_weights: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, of all but the weights."""
+        patterns = {name: format_patterns(planes) for name, planes in self.plan.patterns.items()}
+        plan = {**asdict(self.plan), "patterns": patterns}
+        coarse = None if self.coarse is None else asdict(self.coarse)
+        return {"plan": plan, "coarse": coarse, "expected_loss": self.expected_loss}
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any], token_weights: Mapping[str, Tensor]) -> "Planned":
+        """The inverse of `to_dict`."""
+        patterns = {
+            name: parse_patterns(text) if text else () for name, text in values["plan"]["patterns"].items()
+        }
+        plan = Plan(**{**values["plan"], "patterns": patterns})
+        coarse = values["coarse"]
+        if coarse is not None:
+            lists = {name: tuple(value) for name, value in coarse.items() if name != "rule"}
+            coarse = CoarseAllocation(**{**coarse, **lists})
+        return Planned(plan, coarse, values["expected_loss"], token_weights)
+
+
+def check_request(blocks: list[Block], config: Config) -> None:
+    """Refuse early what no text can change.
+
+    Raises:
+        ConfigError, PatternError: see `make_plan`.
+    """
+    if config.plan:
+        plan_of(blocks, config.plan)
+    elif not config.budgeted:
+        uniform_plan(blocks, config.patterns, strict=config.strict)
+
+
+def make_plan(
+    model: PreTrainedModel,
+    blocks: list[Block],
+    config: Config,
+    tokens: Int64[Tensor, "windows context"],
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> Planned:
+    """The planes of every linear layer.
+
+    Args:
+        tokens: calibration windows; only some allocations look at them.
+        progress: told the steps done, and all, of those that do.
+
+    Raises:
+        ConfigError: a budget is too small, or a plan does not fit the model.
+        PatternError: patterns do not tile the rows.
+        CalibrationError, ModelError: see `measure_costs`.
+    """
+    costs = None
+    if config.budgeted or config.moment_weighting == "gradient":
+        method = config.build() if config.method == "planes" else PlaneFit()
+        assert isinstance(method, PlaneFit)
+        some = tokens if config.moment_weighting == "gradient" else tokens[:MEASURED_WINDOWS]
+        costs = measure_costs(model, blocks, some, method, strict=config.strict, progress=progress)
+    planned = _chosen(model, blocks, config, tokens, costs)
+    if costs is None or config.moment_weighting != "gradient":
+        return planned
+    return replace(planned, token_weights=costs.token_weights)
+
+
+def _chosen(
+    model: PreTrainedModel, blocks: list[Block], config: Config, tokens: Tensor, costs: Costs | None
+) -> Planned:
+    if config.plan:
+        return Planned(plan_of(blocks, config.plan))
+    if config.budgeted:
+        assert costs is not None, "they were measured"
+        plan = _within(model, config, costs)
+        return Planned(plan, expected_loss=costs.expected_loss(plan))
+    if config.coarse:
+        measure = outlier_ratios if config.coarse == "outliers" else block_cosines
+        found = measure(model, blocks, tokens)
+        importances = found if config.coarse == "outliers" else [1 - cosine for cosine in found]
+        plan, coarse = coarse_plan(
+            blocks,
+            config.patterns[0],
+            importances,
+            rule=config.coarse,
+            strict=config.strict,
+            spread=config.spread,
+        )
+        return Planned(plan, coarse)
+    return Planned(uniform_plan(blocks, config.patterns, strict=config.strict))
+
+
+def file_bytes(model: PreTrainedModel, plan: Plan, config: Config) -> int:
+    """Size of the model's one weight file with its linears as planned, to the byte."""
+    dtype = storage_dtype(model, config.dtype)
+    block = config.build().block  # pyright: ignore[reportAttributeAccessIssue] - plans are of planes
+    embeddings = packable_embeddings(model) if config.embedding_bits == 8 else {}
+    tensors: list[tuple[str, TensorSpec]] = []
+    for key, tensor in stored_tensors(model):
+        name = key.removesuffix(f".{CODES}")
+        if name in plan.patterns:
+            module = model.get_submodule(name)
+            rows, columns = linear_weight(module).shape
+            form = PlanesForm(plan.patterns[name], columns, rows, block)
+            tensors += [(f"{name}.{suffix}", spec) for suffix, spec in form.specs().items()]
+        elif name in embeddings:
+            shape = len(tensor), tensor.shape[1] + SCALE_BYTES
+            tensors.append((key, TensorSpec(shape, torch.uint8, "")))
+        else:
+            kept = dtype if tensor.is_floating_point() else tensor.dtype
+            tensors.append((key, TensorSpec(tuple(tensor.shape), kept, "")))
+    return safetensors_bytes(tensors, {"format": "pt"})
+
+
+def planned_bits(model: PreTrainedModel, plan: Plan, block: int) -> float:
+    """Stored bits per weight over all linear layers, as `CompressionReport.stored_bits` will say."""
+    bits = weights = 0
+    for name, patterns in plan.patterns.items():
+        rows, columns = linear_weight(model.get_submodule(name)).shape
+        bits += planes_bits(patterns, rows, columns, block)
+        weights += rows * columns
+    for name in plan.left_uncompressed:
+        left = linear_weight(model.get_submodule(name)).numel()
+        bits += 16 * left
+        weights += left
+    return bits / weights
+
+
+def _within(model: PreTrainedModel, config: Config, costs: Costs) -> Plan:
+    """The best plan in the config's budget."""
+    if config.file_size is None:
+        assert config.bits is not None
+        return costs.plan(int(config.bits * costs.weights))
+    budget = 8 * config.file_size
+    for _ in range(8):  # the header's length depends on the plan, a little
+        try:
+            plan = costs.plan(budget)
+        except ConfigError:
+            smallest = file_bytes(model, costs.smallest(), config)
+            raise ConfigError(
+                f"no plan fits in {config.file_size:,} bytes: the smallest takes {smallest:,}"
+            ) from None
+        over = file_bytes(model, plan, config) - config.file_size
+        if over <= 0:
+            return plan
+        budget = min(budget, costs.bits(plan)) - 8 * over
+    raise AssertionError("the budget does not settle")

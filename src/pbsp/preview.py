@@ -1,0 +1,126 @@
+"""What a compression would do, without doing it: the plan, its exact size, about its time and memory."""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pbsp.allocation.plan import Plan
+from pbsp.allocation.planfile import written_plan
+from pbsp.calibration.corpus import Corpus
+from pbsp.calibration.moments import collect_moments
+from pbsp.calibration.walk import Walk
+from pbsp.config import Config
+from pbsp.errors import ConfigError
+from pbsp.methods.planes import PlaneFit
+from pbsp.models.blocks import Block, decoder_blocks, linear_weight
+from pbsp.models.experts import split_experts
+from pbsp.models.precision import check_finite
+from pbsp.planning import check_request, file_bytes, make_plan, planned_bits
+
+_TRIED_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What `compress` would make of a model.
+
+    Attributes:
+        planes: linear layer → its planes, as a plan file has them.
+        stored_bits: per weight of all linear layers.
+        weight_bytes: of the weight file.
+        expected_loss: nats per token, where costs were measured.
+        seconds: about what calibrating and solving take, from trials on the first block.
+        memory_bytes: about the peak: the model, all windows' hidden states, one block's moments.
+    """
+
+    planes: dict[str, str]
+    stored_bits: float
+    weight_bytes: int
+    expected_loss: float | None
+    seconds: float
+    memory_bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+@torch.no_grad()
+def preview(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    config: Config,
+    *,
+    corpus: Corpus,
+    progress: Callable[[str, int, int], None],
+) -> Preview:
+    """Make the plan and stop there; sizes are exact for a model in one weight file.
+
+    Raises:
+        ConfigError: the method is not planes.
+        PbspError: as `compress`.
+    """
+    if config.method != "planes":
+        raise ConfigError(f"a dry run is of method planes; {config.method} decides its sizes while it solves")
+    method = config.build()
+    assert isinstance(method, PlaneFit)
+    split_experts(model)
+    blocks = decoder_blocks(model)
+    check_request(blocks, config)
+    check_finite(model)
+    windows = corpus.windows(tokenizer, model, progress=partial(progress, "sample"))
+    planned = make_plan(model, blocks, config, windows.tokens, progress=partial(progress, "plan"))
+    return Preview(
+        planes=written_plan(planned.plan),
+        stored_bits=planned_bits(model, planned.plan, method.block),
+        weight_bytes=file_bytes(model, planned.plan, config),
+        expected_loss=planned.expected_loss,
+        seconds=_seconds(model, blocks, planned.plan, method, windows.tokens),
+        memory_bytes=_memory(model, blocks, windows.tokens),
+    )
+
+
+def _seconds(
+    model: PreTrainedModel, blocks: list[Block], plan: Plan, method: PlaneFit, tokens: Tensor
+) -> float:
+    """Two passes of every window through every block, and every linear's solve, from the first block's."""
+    first = blocks[0]
+    walk = Walk(model, blocks[:1], tokens[:1])
+    start = time.perf_counter()
+    walk.run(0, first.module, keep=False)
+    passing = time.perf_counter() - start
+    linears = first.linears()
+    start = time.perf_counter()
+    collect_moments(linears, lambda: walk.run(0, first.module, keep=False))
+    measuring = time.perf_counter() - start
+    rates: dict[tuple[int, int], float] = {}
+    solving = 0.0
+    for block in blocks:
+        for name, module in block.linears().items():
+            if name not in plan.patterns or name in plan.same_as:
+                continue
+            rows, columns = linear_weight(module).shape
+            key = columns, len(plan.patterns[name])
+            if key not in rates:
+                some = linear_weight(module)[:_TRIED_ROWS].float()
+                start = time.perf_counter()
+                trial = PlaneFit(plan.patterns[name], method.block, method.damping, method.sweeps)
+                trial.compress(some, torch.eye(columns, device=some.device))
+                rates[key] = (time.perf_counter() - start) / len(some)
+            solving += rates[key] * rows
+    return len(blocks) * len(tokens) * (passing + measuring) + solving
+
+
+def _memory(model: PreTrainedModel, blocks: list[Block], tokens: Tensor) -> int:
+    """Peak bytes while a block is solved."""
+    weights = sum(tensor.nbytes for tensor in model.parameters())
+    hidden = tokens.numel() * model.config.hidden_size * model.dtype.itemsize
+    widths = {linear_weight(module).shape[1] for block in blocks for module in block.linears().values()}
+    moments = 4 * sum(width**2 for width in widths) + 3 * 8 * max(widths) ** 2
+    return weights + hidden + moments

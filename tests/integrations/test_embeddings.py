@@ -1,0 +1,115 @@
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM
+
+import pbsp
+from pbsp.calibration.windows import Windows
+from pbsp.config import Config
+from pbsp.errors import FormatError
+from pbsp.packed_embedding import PackedEmbedding, PackedHead
+from saved import edit_config, edit_tensors
+from tiny import CONFIGS, tiny_model, tiny_tokens
+
+PLAIN = [name for name in CONFIGS if not name.startswith("gemma")]
+
+
+def compressed(name, folder):
+    model = tiny_model(name)
+    windows = Windows(tiny_tokens(2, 16), text="random", split="test", text_digest="0")
+    report = pbsp.compress(model, None, Config(pattern="4:8", embeddings="8"), corpus=windows)
+    pbsp.save_compressed(model, None, folder, report)
+    return model, report
+
+
+@pytest.mark.parametrize("name", PLAIN)
+@torch.no_grad()
+def test_eight_bit_embeddings_survive_saving_and_loading(name, tmp_path):
+    model, report = compressed(name, tmp_path / "out")
+    assert report.embeddings == "8 bit"
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=model.dtype)
+    assert isinstance(loaded.get_input_embeddings(), PackedEmbedding)
+    assert isinstance(loaded.get_output_embeddings(), PackedHead)
+    tied = loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
+    assert tied == (CONFIGS[name].tie_word_embeddings is True)
+    tokens = tiny_tokens(1)
+    logits = model(tokens).logits
+    assert torch.equal(loaded(tokens).logits, logits)
+    loaded.save_pretrained(tmp_path / "again")
+    first, second = (tmp_path / part / "model.safetensors" for part in ("out", "again"))
+    assert first.read_bytes() == second.read_bytes()
+    dense = loaded.dequantize()
+    assert type(dense.get_input_embeddings()) is nn.Embedding
+    assert (dense.get_output_embeddings().weight is dense.get_input_embeddings().weight) == tied
+    torch.testing.assert_close(dense(tokens).logits, logits, rtol=2e-2, atol=2e-2)
+
+
+@torch.no_grad()
+def test_they_change_little(tmp_path):
+    model, _ = compressed("llama-untied", tmp_path / "out")
+    exact = tiny_model("llama-untied")
+    windows = Windows(tiny_tokens(2, 16), text="random", split="test", text_digest="0")
+    pbsp.compress(exact, None, Config(pattern="4:8"), corpus=windows)
+    tokens = tiny_tokens(1)
+    change = (model(tokens).logits - exact(tokens).logits).float().norm() / exact(
+        tokens
+    ).logits.float().norm()
+    assert 0 < change < 0.03
+
+
+def test_tables_that_do_more_stay_as_they_are(tmp_path):
+    model, report = compressed("gemma3", tmp_path / "out")
+    assert report.embeddings.startswith("16 bit: Gemma3")
+    assert not isinstance(model.get_input_embeddings(), PackedEmbedding)
+
+
+def test_a_headless_model_loads_too(tmp_path):
+    compressed("llama-untied", tmp_path / "out")
+    loaded = AutoModel.from_pretrained(tmp_path / "out")
+    assert isinstance(loaded.get_input_embeddings(), PackedEmbedding)
+
+
+def flip(tensors):
+    tensors["model.embed_tokens.weight"][3, 5] ^= 1
+
+
+def shorten(tensors):
+    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"][:, :-1].contiguous()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [(flip, "embedding model.embed_tokens: the SHA-256"), (shorten, "model.embed_tokens.weight is U8")],
+)
+def test_damaged_rows_are_refused(change, message, tmp_path):
+    compressed("llama", tmp_path / "out")
+    edit_tensors(tmp_path / "out", change)
+    with pytest.raises(FormatError, match=message):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("rows", 255, "embedding model.embed_tokens is 255x64"),
+        ("rows", -1, "rows is of a wrong type or out of range"),
+        ("columns", "64", "columns is of a wrong type"),
+        ("other", 1, "must have exactly the keys"),
+    ],
+)
+def test_wrong_entries_are_refused(key, value, message, tmp_path):
+    compressed("llama", tmp_path / "out")
+
+    def change(config):
+        config["embeddings"]["model.embed_tokens"][key] = value
+
+    edit_config(tmp_path / "out", change)
+    with pytest.raises(FormatError, match=message):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_rows_that_the_config_does_not_list_are_refused(tmp_path):
+    compressed("llama", tmp_path / "out")
+    edit_config(tmp_path / "out", lambda config: config.update(embeddings={}))
+    with pytest.raises((FormatError, RuntimeError)):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out")

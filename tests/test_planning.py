@@ -1,0 +1,103 @@
+import os
+
+import pytest
+import torch
+
+import pbsp
+from pbsp.calibration.corpus import Corpus
+from pbsp.calibration.windows import Windows
+from pbsp.config import Config
+from pbsp.errors import ConfigError
+from pbsp.models.blocks import decoder_blocks
+from pbsp.planning import file_bytes, make_plan
+from pbsp.preview import preview
+from tiny import tiny_model, tiny_tokens
+
+
+def windows():
+    return Windows(tiny_tokens(4, 32), text="random", split="test", text_digest="0")
+
+
+def compressed(name="llama", **settings):
+    model = tiny_model(name)
+    report = pbsp.compress(model, None, Config(**settings), corpus=windows())
+    return model, report
+
+
+def weight_bytes(folder):
+    return os.path.getsize(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("bits", [1.0, 1.5, 2.25, 3.0])
+def test_stored_bits_use_the_budget_and_never_exceed_it(bits):
+    _, report = compressed(bits=bits)
+    assert bits - 0.15 < report.stored_bits <= bits
+    assert report.expected_loss > 0
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-untied", "opt", "gpt2"])
+def test_the_file_is_as_large_as_predicted_and_within_its_budget(name, tmp_path):
+    budget = 70_000 if name == "llama-untied" else 55_000
+    model, report = compressed(name, file_size=budget)
+    pbsp.save_compressed(model, None, tmp_path / "out", report)
+    assert budget * 0.97 < weight_bytes(tmp_path / "out") <= budget
+    again = tiny_model(name)
+    with torch.no_grad():
+        planned = make_plan(again, decoder_blocks(again), Config(file_size=budget), windows().tokens)
+    assert file_bytes(again, planned.plan, Config(file_size=budget)) == weight_bytes(tmp_path / "out")
+
+
+def test_a_saved_plan_replays_to_the_same_bytes(tmp_path):
+    model, report = compressed(bits=1.5)
+    pbsp.save_compressed(model, None, tmp_path / "first", report)
+    plan = pbsp.read_plan(tmp_path / "first" / "plan.toml")
+    model, report = compressed(plan=plan)
+    pbsp.save_compressed(model, None, tmp_path / "second", report)
+    first, second = (tmp_path / name / "model.safetensors" for name in ("first", "second"))
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_layers_that_matter_get_more_bits():
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.mul_(1e-3)  # so that down_proj there adds next to nothing
+    report = pbsp.compress(model, None, Config(bits=1.5), corpus=windows())
+    bits = {layer.name: layer.stored_bits for layer in report.layers}
+    assert bits["model.layers.0.mlp.down_proj"] < bits["model.layers.1.mlp.down_proj"]
+
+
+def test_impossible_budgets_are_refused():
+    with pytest.raises(ConfigError, match="below the smallest"):
+        compressed(bits=0.3)
+    with pytest.raises(ConfigError, match="no plan fits in 100 bytes: the smallest takes"):
+        compressed(file_size=100)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"bits": 2.0, "pattern": "4:8"}, "bits and pattern each say"),
+        ({"bits": 2.0, "file_size": 10}, "bits and file_size each say"),
+        ({"plan": {"a": "4:8"}, "allocation": "paper"}, "plan and allocation each say"),
+        ({"bits": 2.0, "method": "pbsp"}, "does not go with method pbsp"),
+        ({"bits": 0.0}, "bits is 0.0; it must be positive"),
+        ({"plan": {"a": "nonsense"}}, "plan: a: 'nonsense' is not a pattern"),
+    ],
+)
+def test_contradictions_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        Config(**settings)
+
+
+def test_a_preview_says_what_compress_then_does(tmp_path):
+    model = tiny_model()
+    corpus = Corpus("self", 2, 16)
+    found = preview(model, None, Config(bits=2.0), corpus=corpus, progress=lambda *step: None)
+    report = pbsp.compress(model, None, Config(bits=2.0), corpus=corpus)
+    pbsp.save_compressed(model, None, tmp_path / "out", report)
+    assert found.stored_bits == pytest.approx(report.stored_bits)
+    assert found.weight_bytes == weight_bytes(tmp_path / "out")
+    assert found.planes == pbsp.read_plan(tmp_path / "out" / "plan.toml")
+    assert found.expected_loss == report.expected_loss
+    assert found.seconds > 0
+    assert found.memory_bytes > found.weight_bytes
