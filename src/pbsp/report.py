@@ -6,6 +6,7 @@ from typing import Any
 from pbsp.allocation.coarse import CoarseAllocation
 from pbsp.packed_linear import PackedLinear
 from pbsp.pruning.pattern import format_patterns
+from pbsp.recovery.block import BlockRecovery
 from pbsp.storage.bits import stored_bits
 from pbsp.storage.counting import count_bits
 from pbsp.storage.layouts import Form, Representation
@@ -111,6 +112,7 @@ class CompressionReport:
         plain_moments: attention whose values could not be weighted by it → reason.
         uncalibrated: linear layer of an expert that had too few tokens → what it was solved on instead.
         coarse: an allocation over blocks, where it was asked for.
+        recovered: what tuning each block did, where that was asked for.
         embeddings: how the input embedding and the head are stored.
         expected_loss: nats per token that the plan was expected to add, where a budget chose it.
         source: the model that was compressed.
@@ -128,6 +130,7 @@ class CompressionReport:
     plain_moments: dict[str, str]
     uncalibrated: dict[str, str]
     coarse: CoarseAllocation | None
+    recovered: tuple[BlockRecovery, ...]
     embeddings: str
     expected_loss: float | None
     source: str

@@ -57,7 +57,7 @@ def assert_twice_naive(y, x, weight, bias=None):
 @pytest.mark.parametrize("name", RUNNABLE)
 @pytest.mark.parametrize("text", PATTERNS)
 def test_few_rows_are_as_exact_as_a_dense_product(kernel, name, text):
-    kernel(name)
+    kernel(name, "float")
     for columns, scale_block in (
         (48, 48),
         (96, 20),
@@ -83,7 +83,7 @@ def test_edge_sizes_agree_with_the_reference(kernel, name, dtype, rows, columns)
     x = torch.randn(2, 1, columns).to(dtype)
     kernel("reference")
     expected = PackedLinear.of(planes, bias)(x) if columns > 8 else None  # such rows would not be packed
-    kernel(name)
+    kernel(name, "float")
     y = planes_linear(x, RuntimePlanes.of(pack_planes(planes)).arguments, bias)
     exact = exact_product(x, planes.dense(), bias)
     assert y.dtype == dtype
@@ -95,7 +95,7 @@ def test_edge_sizes_agree_with_the_reference(kernel, name, dtype, rows, columns)
 
 
 @pytest.mark.parametrize("name", RUNNABLE)
-@pytest.mark.parametrize(("activations", "step"), [("float", 2**-32), ("int16", 2**-16), ("int8", 1 / 254)])
+@pytest.mark.parametrize(("activations", "step"), [("float", 2**-32), (None, 2**-16), ("int8", 1 / 254)])
 def test_error_stays_below_its_bound(kernel, name, activations, step):
     kernel(name, activations)
     planes, weight = runtime("4:8+2:8", 64, 576, scale_block=128)
@@ -115,7 +115,7 @@ def test_error_stays_below_its_bound(kernel, name, activations, step):
 
 
 @pytest.mark.parametrize("name", RUNNABLE)
-@pytest.mark.parametrize("x_rows", [1, 7, 25])
+@pytest.mark.parametrize("x_rows", [1, 7, 24])
 def test_results_are_the_same_bits_in_every_run_and_for_any_number_of_threads(kernel, name, x_rows):
     kernel(name)
     planes, _ = runtime("4:8", 1024, 512, scale_block=128)
@@ -156,7 +156,8 @@ def test_what_is_not_finite_is_not_hidden(kernel, name, value):
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-38, 1e-30, 1e30])
-def test_activations_of_any_size_work(scale):
+def test_activations_of_any_size_work(kernel, scale):
+    kernel(None, "float")
     planes, weight = runtime("4:8", 40, 96)
     x = scale * torch.randn(1, 96)
     y = planes_linear(x, planes.arguments)

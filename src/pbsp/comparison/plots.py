@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from pbsp.comparison.folder import ComparisonFolder
@@ -32,27 +33,36 @@ def write_plots(folder: ComparisonFolder, found: Comparison) -> list[str]:
     return list(figures)
 
 
+_SIZES = {
+    "stored bits per weight": lambda row: row.stored_bits,
+    "weight files, MB": lambda row: row.file_bytes / 1e6,
+}
+
+
 def perplexity_figure(found: Comparison) -> "Figure":
-    """Perplexity against stored bits, a panel for every text and a series of markers for every method."""
+    """Perplexity against stored bits and against the files' size; a series of markers for every method.
+
+    One column of panels a text, one row a measure of size.
+    """
     from matplotlib.ticker import LogFormatter
 
     texts = found.original.evaluations
-    figure = _figure(5.5 * len(texts), 4.5)
+    figure = _figure(5.5 * len(texts), 4.5 * len(_SIZES))
     methods = list(dict.fromkeys(row.method for row in found.finished))
-    for index, (axes, text) in enumerate(
-        zip(figure.subplots(1, len(texts), squeeze=False)[0], texts, strict=True)
-    ):
-        axes.axhline(text.perplexity, color="black", linestyle="--", linewidth=1, label="original")
-        for method, marker in zip(methods, _MARKERS * len(methods), strict=False):
-            rows = [row for row in found.finished if row.method == method]
-            _draw_series(axes, rows, index, marker=marker, label=method)
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(LogFormatter())
-        axes.yaxis.set_minor_formatter(LogFormatter())
-        axes.set_xlabel("stored bits per weight")
-        axes.set_ylabel("perplexity")
-        axes.set_title(f"{text.text}, {text.windows} windows of {text.context} tokens", fontsize=10)
-        axes.grid(which="both", alpha=0.25)
+    panels = figure.subplots(len(_SIZES), len(texts), squeeze=False)
+    for (label, size), row_of_panels in zip(_SIZES.items(), panels, strict=True):
+        for index, (axes, text) in enumerate(zip(row_of_panels, texts, strict=True)):
+            axes.axhline(text.perplexity, color="black", linestyle="--", linewidth=1, label="original")
+            for method, marker in zip(methods, _MARKERS * len(methods), strict=False):
+                rows = [row for row in found.finished if row.method == method]
+                _draw_series(axes, rows, index, size, marker=marker, label=method)
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(LogFormatter())
+            axes.yaxis.set_minor_formatter(LogFormatter())
+            axes.set_xlabel(label)
+            axes.set_ylabel("perplexity")
+            axes.set_title(f"{text.text}, {text.windows} windows of {text.context} tokens", fontsize=10)
+            axes.grid(which="both", alpha=0.25)
     figure.axes[0].legend(fontsize=8)
     return figure
 
@@ -76,15 +86,23 @@ def importance_figure(found: Comparison) -> "Figure":
     return figure
 
 
-def _draw_series(axes: "Axes", rows: list[RowResult], text: int, *, marker: str, label: str) -> None:
+def _draw_series(
+    axes: "Axes",
+    rows: list[RowResult],
+    text: int,
+    size: Callable[[RowResult], float],
+    *,
+    marker: str,
+    label: str,
+) -> None:
     points = [
-        (row.stored_bits, row.evaluations[text].perplexity, row.evaluations[text].stderr or 0.0)
+        (size(row), row.evaluations[text].perplexity, row.evaluations[text].stderr or 0.0)
         for row in rows
         if math.isfinite(row.evaluations[text].perplexity)
     ]
     if points:
-        bits, perplexities, errors = zip(*points, strict=True)
-        axes.errorbar(bits, perplexities, yerr=errors, fmt=marker, capsize=2, markersize=5, label=label)
+        sizes, perplexities, errors = zip(*points, strict=True)
+        axes.errorbar(sizes, perplexities, yerr=errors, fmt=marker, capsize=2, markersize=5, label=label)
 
 
 def _figure(width: float, height: float) -> "Figure":

@@ -12,15 +12,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pbsp.kernels.library import DTYPES, activations, check, kernel_name, library
+from pbsp.kernels.library import ACTIVATIONS, DTYPES, activations, check, kernel_name, library
 from pbsp.kernels.runtime import MatrixArguments, RuntimePlanes, matrix_struct
 from pbsp.pruning.pattern import Pattern
 from pbsp.storage.planes import PlanesForm
 from pbsp.storage.streams import row_tiles
 
-_FEW_ROWS = 24  # up to here the bits are faster than decoding and a dense product
+_FEW_ROWS = 48  # divided by bytes of a number: up to here the bits beat decoding and a dense product
 _TILE_WEIGHTS = 1 << 20  # decoded weights alive at once: 4 MiB in float32
-_DIGITS = {"int16": 2, "int8": 1}
 
 _MATRIX = "Tensor layout, Tensor scales, Tensor offsets, int[] patterns, int columns, int scale_block"
 torch.library.define("pbsp::planes_linear", f"(Tensor x, {_MATRIX}, Tensor? bias) -> Tensor")
@@ -32,11 +31,11 @@ def planes_linear(
 ) -> Float[Tensor, "*batch out"]:
     """X Wᵀ + bias in x's dtype (float32, bfloat16 or float16); differentiable in x and bias.
 
-    Up to 24 rows of x are taken as integers of 32 bits (24 if x has 16-bit floats), in units of their own for
-    each row and scale block; sums in a block are exact, and blocks are added in float32. Besides float32
-    rounding, a product differs from the exact one by at most 2⁻³² (2⁻²⁴) of the sum over blocks of
-    scale · kept weights · largest |x|. PBSP_ACTIVATIONS=int16 or int8 makes that 2⁻¹⁶ or 1/254, and is
-    faster. More rows of x meet a decoded matrix, in float32, or in bfloat16 where that is faster.
+    A few rows of x (24; 12 with PBSP_ACTIVATIONS=float, 48 with int8) are taken as integers of 16 (32, 8)
+    bits, in units of their own for each row and scale block; sums in a block are exact, and blocks are added
+    in float32. Besides float32 rounding, a product differs from the exact one by at most 2⁻¹⁶ (2⁻³², 1/254)
+    of the sum over blocks of scale · kept weights · largest |x|. More rows meet a decoded matrix, in float32,
+    or in bfloat16 where that is faster.
 
     Args:
         x: activations on the CPU.
@@ -73,11 +72,11 @@ def _linear(x: Tensor, *arguments: Any) -> Tensor:
     layout, columns = matrix[0], matrix[4]
     if x.shape[-1] != columns:
         raise RuntimeError(f"x has rows of {x.shape[-1]} numbers; the packed linear takes {columns}")
-    x_rows = x.numel() // columns
+    x_rows, digits = x.numel() // columns, ACTIVATIONS[activations()]
+    if x_rows * digits > _FEW_ROWS:
+        y = _dense_product(x.reshape(x_rows, columns), _planes(*matrix), bias)
+        return y.view(*x.shape[:-1], layout.shape[0])
     y = x.new_empty(*x.shape[:-1], layout.shape[0])
-    if x_rows > _FEW_ROWS:
-        _dense_product(x.reshape(x_rows, columns), _planes(*matrix), bias, y.view(x_rows, -1))
-        return y
     x = x.contiguous()
     bias = None if bias is None else bias.float().contiguous()
     check(
@@ -89,7 +88,7 @@ def _linear(x: Tensor, *arguments: Any) -> Tensor:
             x_rows,
             DTYPES[x.dtype],
             None if bias is None else bias.data_ptr(),
-            _DIGITS.get(activations(), 4 if x.dtype == torch.float32 else 3),
+            digits,
             torch.get_num_threads(),
         )
     )
@@ -117,15 +116,17 @@ def _fake_transposed(y: Tensor, *matrix: Any) -> Tensor:
     return y.new_empty(*y.shape[:-1], matrix[4])
 
 
-def _dense_product(x: Tensor, planes: RuntimePlanes, bias: Tensor | None, y: Tensor) -> None:
-    """Writes X Wᵀ + bias to y, tile by tile."""
+def _dense_product(x: Tensor, planes: RuntimePlanes, bias: Tensor | None) -> Tensor:
+    """X Wᵀ + bias in x's dtype, W decoded tile by tile."""
     # 16-bit products are slower than float32 ones, but for processors with instructions for matrices.
     dtype = x.dtype if x.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported() else torch.float32
-    x = x.to(dtype)
+    y = x.new_empty(len(x), planes.form.out_features)
+    rows = x.to(dtype)
     for low, high in row_tiles(planes.form.out_features, planes.form.in_features, _TILE_WEIGHTS):
         tile = planes.rows(low, high).decode(dtype)
         tile_bias = None if bias is None else bias[low:high].to(dtype)
-        y[:, low:high] = torch.nn.functional.linear(x, tile, tile_bias)
+        y[:, low:high] = torch.nn.functional.linear(rows, tile, tile_bias)
+    return y
 
 
 def _planes(
