@@ -6,7 +6,8 @@ from transformers.pytorch_utils import Conv1D
 
 from pbsp.binarization.planes import Planes, block_count
 from pbsp.binarization.scales import round_scales
-from pbsp.integrations.transformers import PbspQuantizationConfig, attach, replace_module
+from pbsp.integrations.modules import replace_module
+from pbsp.integrations.transformers import PbspQuantizationConfig, attach
 from pbsp.models.experts import split_experts
 from pbsp.packed_linear import PackedLinear
 from pbsp.pruning.pattern import Pattern, parse_patterns

@@ -13,7 +13,7 @@ from pbsp.calibration.experts import ExpertInputs
 from pbsp.calibration.moments import collect_block_moments
 from pbsp.calibration.walk import Walk
 from pbsp.config import Config
-from pbsp.integrations.transformers import packed_entry, replace_module
+from pbsp.integrations.modules import packed_entry, replace_module
 from pbsp.models.blocks import Block, linear_weight
 from pbsp.packed_linear import PackedLinear
 from pbsp.planning import Planned

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from pbsp.errors import FormatError
 from pbsp.inspection import inspect_folder
-from pbsp.integrations.transformers import replace_module
+from pbsp.integrations.modules import replace_module
 from pbsp.packed_linear import PackedLinear
 from pbsp.report import LayerReport
 from pbsp.storage.checkpoint import packed_digest

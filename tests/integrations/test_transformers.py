@@ -12,7 +12,8 @@ from transformers import AutoModel, AutoModelForSequenceClassification, pipeline
 from transformers.pytorch_utils import Conv1D
 
 from pbsp.errors import ConfigError, FormatError
-from pbsp.integrations.transformers import PbspQuantizationConfig, attach, replace_module
+from pbsp.integrations.modules import replace_module
+from pbsp.integrations.transformers import PbspQuantizationConfig, attach
 from pbsp.packed_linear import PackedLinear
 from pbsp.storage.checkpoint import packed_digest
 from random_planes import packed_model, random_planes

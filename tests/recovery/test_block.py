@@ -6,7 +6,7 @@ from pbsp.calibration.walk import Walk
 from pbsp.calibration.windows import Windows
 from pbsp.config import Config
 from pbsp.errors import ConfigError
-from pbsp.integrations.transformers import replace_module
+from pbsp.integrations.modules import replace_module
 from pbsp.methods.planes import PlaneFit
 from pbsp.models.blocks import decoder_blocks, linear_weight
 from pbsp.packed_linear import PackedLinear

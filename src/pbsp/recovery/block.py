@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from pbsp.binarization.planes import Planes
-from pbsp.integrations.transformers import replace_module
+from pbsp.integrations.modules import replace_module
 from pbsp.packed_linear import PackedLinear
 from pbsp.recovery.tuned_planes import TunedPlanes
 

@@ -22,10 +22,15 @@ struct Dots {
       }
     }
   }
+  template <bool Packed>
   inline void add(const Row (&rows)[W], int64_t chunk, const int8_t* digits) {
     typename Isa::Weights weights[W];
     for (int w = 0; w < W; ++w) {
-      weights[w] = Isa::weights(load_word(rows[w].support + 8 * chunk), rows[w].plus[chunk]);
+      const uint64_t support = load_word(rows[w].support + 8 * chunk);
+      const uint64_t plus = Packed
+                                ? Isa::deposit(load_word(rows[w].signs + rows[w].sign_bytes * chunk), support)
+                                : rows[w].plus[chunk];
+      weights[w] = Isa::weights(support, plus);
     }
     for (int x = 0; x < X; ++x) {
       for (int digit = 0; digit < D; ++digit) {
@@ -45,8 +50,8 @@ struct Dots {
 };
 
 // Adds one plane of W rows times X rows of activations. `Chunks` is how many a scale block has, 0 for any
-// number and for blocks that are no whole chunks.
-template <class Isa, int W, int X, int D, int Chunks>
+// number and for blocks that are no whole chunks; `Packed`, whether signs are still to be spread.
+template <class Isa, int W, int X, int D, int Chunks, bool Packed>
 inline void add_plane(const Product& product, const Tile& tile, const Row (&rows)[W], int64_t row, int number,
                       typename Isa::Floats (&sums)[W][X]) {
   const Matrix& matrix = *product.matrix;
@@ -74,7 +79,7 @@ inline void add_plane(const Product& product, const Tile& tile, const Row (&rows
   for (; block < whole_blocks; ++block) {
     dots.start(starts);
     for (int chunk = 0; chunk < Chunks; ++chunk) {
-      dots.add(rows, block * Chunks + chunk, digits);
+      dots.template add<Packed>(rows, block * Chunks + chunk, digits);
       digits += X * D * kChunk;
     }
     end_block(block);
@@ -83,16 +88,29 @@ inline void add_plane(const Product& product, const Tile& tile, const Row (&rows
   for (; block < blocks; ++block) {
     dots.start(starts);
     for (; segment < product.block_ends[block]; ++segment) {
-      dots.add(rows, product.segments[segment].chunk, digits);
+      dots.template add<Packed>(rows, product.segments[segment].chunk, digits);
       digits += X * D * kChunk;
     }
     end_block(block);
   }
 }
 
+template <class Isa, int W, int X, int D, bool Packed>
+inline void add_blocks(const Product& product, const Tile& tile, const Row (&rows)[W], int64_t row, int number,
+                       typename Isa::Floats (&sums)[W][X]) {
+  switch (product.matrix->scale_block) {
+    case 2 * kChunk: return add_plane<Isa, W, X, D, 2, Packed>(product, tile, rows, row, number, sums);
+    case 3 * kChunk: return add_plane<Isa, W, X, D, 3, Packed>(product, tile, rows, row, number, sums);
+    default: return add_plane<Isa, W, X, D, 0, Packed>(product, tile, rows, row, number, sums);
+  }
+}
+
 template <class Isa, int W, int X, int D>
 inline void multiply_tile(const Product& product, const Tile& tile, const Row* expanded, int64_t row) {
   const Matrix& matrix = *product.matrix;
+  if (X == 1) {
+    for (int w = 0; w < W; ++w) fetch_ahead(matrix, row + w);
+  }
   typename Isa::Floats sums[W][X];
   for (int w = 0; w < W; ++w) {
     for (int x = 0; x < X; ++x) sums[w][x] = Isa::broadcast(0.0f);
@@ -100,12 +118,10 @@ inline void multiply_tile(const Product& product, const Tile& tile, const Row* e
   for (int number = 0; number < matrix.planes; ++number) {
     Row rows[W];
     for (int w = 0; w < W; ++w) rows[w] = expanded[w * kMaxPlanes + number];
-    if (matrix.scale_block == 2 * kChunk) {
-      add_plane<Isa, W, X, D, 2>(product, tile, rows, row, number, sums);
-    } else if (matrix.scale_block == 3 * kChunk) {
-      add_plane<Isa, W, X, D, 3>(product, tile, rows, row, number, sums);
+    if (X == 1 && !rows[0].plus) {
+      add_blocks<Isa, W, X, D, X == 1>(product, tile, rows, row, number, sums);
     } else {
-      add_plane<Isa, W, X, D, 0>(product, tile, rows, row, number, sums);
+      add_blocks<Isa, W, X, D, false>(product, tile, rows, row, number, sums);
     }
   }
   for (int w = 0; w < W; ++w) {
@@ -142,16 +158,20 @@ inline void multiply_digits(const Product& product, const Tile& tile, const Row*
 template <class Isa>
 void multiply_rows(const Product& product, int64_t low, int64_t high, uint64_t* words) {
   const Matrix& matrix = *product.matrix;
-  // One tile alone stays in the first cache, and so should the expanded rows.
-  const int64_t step = product.tile_count > 1 ? kGroupRows : 2;
-  for (int64_t first = low; first < high; first += step) {
-    const int64_t last = first + step < high ? first + step : high;
+  // Rows of the matrix that meet only one row of activations are spread in passing.
+  const bool once = product.tile_count == 1 && product.tiles[0].rows == 1;
+  for (int64_t first = low; first < high; first += kGroupRows) {
+    const int64_t last = first + kGroupRows < high ? first + kGroupRows : high;
     Row rows[kGroupRows * kMaxPlanes];
     uint64_t* plus = words + matrix.chunks;
     for (int64_t row = first; row < last; ++row) {
+      if (!once) fetch_ahead(matrix, row);
       for (int number = 0; number < matrix.planes; ++number, plus += matrix.chunks) {
-        rows[(row - first) * kMaxPlanes + number] =
-            expand<Isa>(matrix, matrix.plane[number], row, words, plus);
+        Row& expanded = rows[(row - first) * kMaxPlanes + number];
+        expanded = row_of(matrix, matrix.plane[number], row);
+        if (!once || !expanded.sign_bytes) {
+          expanded = expand<Isa>(matrix, matrix.plane[number], row, words, plus);
+        }
       }
     }
     for (int64_t index = 0; index < product.tile_count; ++index) {

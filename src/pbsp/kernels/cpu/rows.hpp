@@ -20,35 +20,51 @@ inline uint64_t load_bits(const uint8_t* bytes, int64_t at) {
   return shift ? word >> shift | static_cast<uint64_t>(bytes[at / 8 + 8]) << (64 - shift) : word;
 }
 
-// Where a plane of a row has a bit for each column: 1 = kept, and 1 = kept and plus.
+// Where a plane of a row has a bit for each column: 1 = kept, and 1 = kept and plus. Or, where all chunks have
+// the same whole bytes of signs, where these are: then they can be spread when they are needed.
 struct Row {
   const uint8_t* support;
   const uint64_t* plus;
+  const uint8_t* signs;
+  int64_t sign_bytes;  // of a chunk; 0 if it must be `plus`
 };
+
+inline Row row_of(const Matrix& matrix, const Plane& plane, int64_t row) {
+  const uint8_t* layout = matrix.layout + row * matrix.row_bytes;
+  const bool even = plane.kept < plane.group && plane.chunk_bits % 8 == 0;
+  return {layout + plane.support_at, nullptr, layout + plane.signs_at, even ? plane.chunk_bits / 8 : 0};
+}
 
 // Spreads the signs of a plane of a row to `plus`; `whole` is ones, the support of planes without a bitmap.
 template <class Isa>
 inline Row expand(const Matrix& matrix, const Plane& plane, int64_t row, const uint64_t* whole, uint64_t* plus) {
-  const uint8_t* signs = matrix.layout + row * matrix.row_bytes + plane.signs_at;
-  const uint8_t* support = matrix.layout + row * matrix.row_bytes + plane.support_at;
+  Row result = row_of(matrix, plane, row);
   const int64_t chunks = matrix.chunks;
   if (plane.kept == plane.group) {
-    std::memcpy(plus, signs, 8 * chunks);
-    support = reinterpret_cast<const uint8_t*>(whole);
-  } else if (plane.chunk_bits && plane.chunk_bits % 8 == 0) {
-    const int64_t step = plane.chunk_bits / 8;
-    for (int64_t chunk = 0; chunk < chunks; ++chunk, signs += step) {
-      plus[chunk] = Isa::deposit(load_word(signs), load_word(support + 8 * chunk));
+    std::memcpy(plus, result.signs, 8 * chunks);
+    result.support = reinterpret_cast<const uint8_t*>(whole);
+  } else if (result.sign_bytes) {
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      const uint64_t signs = load_word(result.signs + result.sign_bytes * chunk);
+      plus[chunk] = Isa::deposit(signs, load_word(result.support + 8 * chunk));
     }
   } else {
     int64_t at = 0;
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      const uint64_t kept = load_word(support + 8 * chunk);
-      plus[chunk] = Isa::deposit(load_bits(signs, at), kept);
+      const uint64_t kept = load_word(result.support + 8 * chunk);
+      plus[chunk] = Isa::deposit(load_bits(result.signs, at), kept);
       at += __builtin_popcountll(kept);
     }
   }
-  return {support, plus};
+  result.plus = plus;
+  return result;
+}
+
+// The memory is slow to start on what nobody asked for yet; this far ahead of the row in work is enough.
+inline void fetch_ahead(const Matrix& matrix, int64_t row) {
+  constexpr int64_t kAheadBytes = 2048;
+  const uint8_t* ahead = matrix.layout + row * matrix.row_bytes + kAheadBytes;
+  for (int64_t byte = 0; byte < matrix.row_bytes; byte += 64) __builtin_prefetch(ahead + byte);
 }
 
 }  // namespace
