@@ -39,7 +39,7 @@ def rank_correlation(first: list[float], second: list[float]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("text", metavar="TEXT", help="to measure on")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="folder for the original's predictions")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="folder of the original's passes")
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--planes", default="2:8")
     parser.add_argument("--step", type=int, default=5)
@@ -50,9 +50,7 @@ def main() -> None:
     model = loaded.model
     blocks = decoder_blocks(model)
     tokens = Corpus(options.calibration, options.samples, 1024).windows(loaded.tokenizer, model).tokens
-    text = evaluation_windows(
-        options.text, loaded.tokenizer, model, context=1024, windows=options.windows
-    )
+    text = evaluation_windows(options.text, loaded.tokenizer, model, context=1024, windows=options.windows)
     _, original = keep_predictions(model, text, options.output, progress=None)
     modules = {name: module for block in blocks for name, module in block.linears().items()}
     chosen = list(modules)[:: options.step]
@@ -97,7 +95,8 @@ def main() -> None:
             print(name, json.dumps({key: float(f"{value:.4g}") for key, value in shown.items()}), flush=True)
     for target in ("KL", "loss"):
         for name in PREDICTORS:
-            print(f"rank correlation of {name} with {target}: {rank_correlation(columns[name], columns[target]):.3f}")
+            found = rank_correlation(columns[name], columns[target])
+            print(f"rank correlation of {name} with {target}: {found:.3f}")
 
 
 if __name__ == "__main__":
