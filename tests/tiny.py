@@ -84,6 +84,8 @@ CONFIGS: dict[str, PretrainedConfig] = {
         **_SHARED, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32
     ),
 }
+DENSE = [name for name in CONFIGS if name not in ("mixtral", "qwen3-moe")]
+"""Those whose linear layers are all there without splitting experts."""
 
 
 def tiny_model(name: str = "llama", *, attention: str = "sdpa", seed: int = 0) -> PreTrainedModel:

@@ -53,7 +53,7 @@ def run_compress(
     check_text(corpus.name)
     if not dry_run:
         if output is None:
-            raise ConfigError("no folder to write is given; name one with --output, or see --dry-run")
+            raise ConfigError("Missing option '--output': name a folder to write, or see --dry-run")
         check_target(Path(output), source=source, overwrite=overwrite)
         kept = Path(f"{output.rstrip('/')}.unfinished")
         if kept.exists() and not resume:
@@ -66,7 +66,7 @@ def run_compress(
         _dry_run(loaded, config, corpus, json=json)
         return
     unfinished = Unfinished(Path(f"{output.rstrip('/')}.unfinished"))
-    with bars() as progress:
+    with unfinished.cleared_if_empty(), bars() as progress:
         report = compress(
             loaded.model, loaded.tokenizer, config, corpus=corpus, progress=progress, unfinished=unfinished
         )

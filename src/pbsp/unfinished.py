@@ -11,7 +11,8 @@ lock                           held by the process that works here
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,16 @@ class Unfinished:
         write_whole(self._file("block", index, "json"), written)
         if index >= _HIDDEN_KEPT:
             self._file("hidden", index - _HIDDEN_KEPT).unlink(missing_ok=True)
+
+    @contextmanager
+    def cleared_if_empty(self) -> Iterator[None]:
+        """Remove the folder if an error, or Ctrl-C, ends the context before a block is finished."""
+        try:
+            yield
+        except BaseException:
+            if not self.finished():
+                self.remove()
+            raise
 
     def remove(self) -> None:
         """Delete the folder's files, and the folder."""

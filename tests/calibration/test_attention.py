@@ -21,8 +21,9 @@ from pbsp.calibration.walk import Walk
 from pbsp.models.blocks import decoder_blocks, linear_weight
 from tiny import _SHARED, CONFIGS, tiny_tokens
 
+_PLAIN = ("llama", "llama-untied", "qwen2", "qwen3", "gemma3", "opt", "gpt2")
 ARCHITECTURES = {
-    **CONFIGS,
+    **{name: CONFIGS[name] for name in _PLAIN},
     "one-kv-head": LlamaConfig(**{**_SHARED, "num_key_value_heads": 1}),
     "all-kv-heads": LlamaConfig(**{**_SHARED, "num_key_value_heads": 4}),
     "mistral": MistralConfig(**_SHARED, sliding_window=8),

@@ -5,10 +5,10 @@ from pbsp.calibration.importance import block_cosines, outlier_ratios, token_cos
 from pbsp.calibration.walk import Walk
 from pbsp.errors import CalibrationError
 from pbsp.models.blocks import decoder_blocks, linear_weight
-from tiny import CONFIGS, tiny_model, tiny_tokens
+from tiny import DENSE, tiny_model, tiny_tokens
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", DENSE)
 @torch.no_grad()
 def test_cosines_are_between_every_blocks_input_and_output(name):
     model, tokens = tiny_model(name), tiny_tokens()
@@ -62,7 +62,7 @@ def outliers_by_loop(weight, inputs):
     return sum(score > 6 * mean for score in scores), len(scores)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", DENSE)
 @torch.no_grad()
 def test_outlier_ratios_equal_a_slow_loop(name):
     model, tokens = tiny_model(name), tiny_tokens()

@@ -21,6 +21,9 @@ def test_divergence_from_kept_predictions_is_that_from_the_model(tmp_path):
         original = tiny_model(name)
         evaluation, kept = keep_predictions(original, WINDOWS, tmp_path / name)
         assert evaluation == evaluate(original, WINDOWS)
+        assert (kept is None) == (name == "gemma2"), "its head caps the logits"
+        if kept is None:
+            continue
         calls = calls_of(original)
         for batch in (1, 2):
             found = evaluate(model, WINDOWS, original=kept, batch=batch)
