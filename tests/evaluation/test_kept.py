@@ -1,5 +1,6 @@
 import dataclasses
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma2Config
 
