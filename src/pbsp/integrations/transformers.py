@@ -68,6 +68,7 @@ class PbspQuantizationConfig(QuantizationConfigMixin):
                 f"the model has format version {version!r}; this pbsp reads version {FORMAT_VERSION}: "
                 "install the pbsp that wrote it, or compress the model again"
             )
+        config_dict = {"embeddings": {}, **config_dict}  # absent where none is stored in 8 bit
         objects = ("layers", "left_uncompressed", "embeddings", "provenance")
         if unknown := set(config_dict) - {"quant_method", "format_version", *objects}:
             raise FormatError(f"unknown keys in quantization_config: {', '.join(sorted(unknown))}")
