@@ -6,9 +6,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from pbsp.quantization.rows import SCALE_BYTES, dequantize_rows, quantize_rows, row_scales
-
-_TILE_BYTES = 1 << 21  # of codes decoded at once: their float32 values are in a core's cache
+from pbsp.kernels.rows import rows_linear
+from pbsp.quantization.rows import SCALE_BYTES, dequantize_rows, quantize_rows
 
 
 class _Rows(nn.Module):
@@ -54,11 +53,5 @@ class PackedHead(_Rows):
     """What a linear layer without bias does, from 8-bit rows."""
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        """X Wᵀ in x's dtype: integers are decoded some rows at a time, scales come after the sums."""
-        weight = self.weight.detach()
-        step = max(1, _TILE_BYTES // weight.shape[1])
-        parts = [
-            torch.nn.functional.linear(x, tile[:, :-SCALE_BYTES].view(torch.int8).to(x.dtype))
-            for tile in weight.split(step)
-        ]
-        return torch.cat(parts, -1) * row_scales(weight).to(x.dtype)[:, 0]
+        """X Wᵀ in x's dtype, see `kernels.rows`."""
+        return rows_linear(x, self.weight.detach())

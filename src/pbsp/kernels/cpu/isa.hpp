@@ -14,6 +14,7 @@
 //   add_16(support, plus, scale, row)   row[i] ± scale for 16 weights
 #pragma once
 
+#include "bytes.hpp"
 #include "decode.hpp"
 #include "multiply.hpp"
 #include "planes.hpp"
@@ -24,7 +25,8 @@ namespace {
 
 template <class Isa>
 constexpr Kernels kernels_of() {
-  return {Isa::kName, Isa::kTileRows, Isa::kLanes, prepare_tile<Isa>, multiply_rows<Isa>, decode_rows<Isa>};
+  return {Isa::kName, Isa::kTileRows, Isa::kLanes, prepare_tile<Isa>, multiply_rows<Isa>, decode_rows<Isa>,
+          multiply_bytes};
 }
 
 }  // namespace

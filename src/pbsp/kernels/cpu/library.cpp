@@ -111,7 +111,7 @@ int guarded(const Work& work) {
 
 }  // namespace
 
-int pbsp_abi() { return 1; }
+int pbsp_abi() { return 2; }
 
 int pbsp_supports(const char* name) { return kernels_named(name) != nullptr; }
 
@@ -167,6 +167,17 @@ int pbsp_decode(const char* name, const PbspMatrix* given, int64_t low, int64_t 
                      static_cast<Dtype>(dtype), words_for(matrix),
                      scratch(row_scratch, matrix.chunks * kChunk));
     });
+  });
+}
+
+int pbsp_multiply_bytes(const char* name, const uint8_t* packed, int64_t rows, int64_t columns, const float* x,
+                        int64_t x_rows, float* y, int threads) {
+  return guarded([&] {
+    const Kernels& kernels = *kernels_named(name);
+    const ByteProduct product{packed, rows, columns, x, x_rows, y};
+    threads = static_cast<int>(std::clamp<int64_t>(rows * columns * x_rows / kThreadProducts, 1, threads));
+    const int64_t step = std::max<int64_t>(1, kTaskWeights / columns);
+    parallel(rows, step, threads, [&](int64_t low, int64_t high) { kernels.bytes(product, low, high); });
   });
 }
 

@@ -48,6 +48,10 @@ PBSP_EXPORT int pbsp_multiply(const char* name, const PbspMatrix* matrix, const 
 PBSP_EXPORT int pbsp_decode(const char* name, const PbspMatrix* matrix, int64_t low, int64_t high, void* dense,
                             int dtype, int threads);
 
+/* y (x_rows, rows) = x (x_rows, columns) * transposed rows of `columns` signed bytes and a float16 scale each. */
+PBSP_EXPORT int pbsp_multiply_bytes(const char* name, const uint8_t* packed, int64_t rows, int64_t columns,
+                                    const float* x, int64_t x_rows, float* y, int threads);
+
 /* Reads `count` words once, as fast as the memory gives them; the sum keeps a compiler from leaving that out. */
 PBSP_EXPORT int pbsp_read(const uint64_t* words, int64_t count, int threads, uint64_t* sum);
 

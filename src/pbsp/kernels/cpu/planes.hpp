@@ -71,6 +71,16 @@ struct Product {
   Dtype dtype;
 };
 
+// y (x_rows, rows) = x (x_rows, columns) · transposed 8-bit rows, see bytes.hpp.
+struct ByteProduct {
+  const uint8_t* packed;
+  int64_t rows;
+  int64_t columns;
+  const float* x;
+  int64_t x_rows;
+  float* y;
+};
+
 // What one instruction set offers; see isa.hpp.
 struct Kernels {
   const char* name;
@@ -80,6 +90,7 @@ struct Kernels {
   void (*multiply)(const Product& product, int64_t low, int64_t high, uint64_t* words);
   void (*decode)(const Matrix& matrix, int64_t low, int64_t high, void* dense, Dtype dtype, uint64_t* words,
                  float* row);
+  void (*bytes)(const ByteProduct& product, int64_t low, int64_t high);
 };
 
 // Words that `multiply` and `decode` are given to work in; the first `chunks` of them are ones.
