@@ -101,3 +101,24 @@ def test_a_preview_says_what_compress_then_does(tmp_path):
     assert found.expected_loss == report.expected_loss
     assert found.seconds > 0
     assert found.memory_bytes > found.weight_bytes
+
+
+def test_weights_do_not_depend_on_how_many_windows_go_back_at_a_time(monkeypatch):
+    tokens = tiny_tokens(5, 16)
+    found = []
+    for windows_at_a_time in (5, 2):
+        monkeypatch.setattr("pbsp.planning.MEASURED_WINDOWS", windows_at_a_time)
+        model = tiny_model()
+        with torch.no_grad():
+            planned = make_plan(model, decoder_blocks(model), Config(weighting="gradient"), tokens)
+        found.append(planned.token_weights)
+    assert len(found[0]) == 14
+    for name, weights in found[0].items():
+        assert weights.shape == (80,)
+        torch.testing.assert_close(weights, found[1][name])
+
+
+def test_a_mixture_of_experts_fits_its_budget():
+    _, report = compressed("mixtral", bits=2.0)
+    assert 1.7 < report.stored_bits <= 2.0
+    assert len(report.layers) > 14

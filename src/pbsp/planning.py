@@ -15,6 +15,7 @@ from pbsp.allocation.menu import planes_bits
 from pbsp.allocation.plan import Plan, uniform_plan
 from pbsp.allocation.planfile import plan_of
 from pbsp.calibration.importance import block_cosines, outlier_ratios
+from pbsp.calibration.sensitivity import gradient_lengths, token_weights
 from pbsp.config import Config
 from pbsp.errors import ConfigError
 from pbsp.integrations.embeddings import packable_embeddings
@@ -28,7 +29,7 @@ from pbsp.storage.filesize import safetensors_bytes
 from pbsp.storage.planes import PlanesForm
 
 MEASURED_WINDOWS = 8
-"""Calibration windows that costs are measured on; each takes about three times the work of a forward pass."""
+"""Windows that costs are measured on, and of which a backward pass holds hidden states at a time."""
 
 
 @dataclass(frozen=True)
@@ -99,15 +100,42 @@ def make_plan(
         CalibrationError, ModelError: see `measure_costs`.
     """
     costs = None
-    if config.budgeted or config.moment_weighting == "gradient":
-        method = config.build() if config.method == "planes" else PlaneFit()
-        assert isinstance(method, PlaneFit)
-        some = tokens if config.moment_weighting == "gradient" else tokens[:MEASURED_WINDOWS]
-        costs = measure_costs(model, blocks, some, method, strict=config.strict, progress=progress)
+    groups = list(tokens.split(MEASURED_WINDOWS)) if config.moment_weighting == "gradient" else []
+    parts = len(groups) or 1
+    steps = [_step(progress, part, parts) for part in range(parts)]
+    lengths = []
+    if config.budgeted:
+        method = config.build()
+        assert isinstance(method, PlaneFit), "the config has checked it"
+        some = tokens[:MEASURED_WINDOWS]
+        costs = measure_costs(model, blocks, some, method, strict=config.strict, progress=steps[0])
+        lengths = [costs.lengths] if groups else []
+    for part in range(len(lengths), len(groups)):
+        lengths.append(gradient_lengths(model, blocks, groups[part], progress=steps[part]))
     planned = _chosen(model, blocks, config, tokens, costs)
-    if costs is None or config.moment_weighting != "gradient":
-        return planned
-    return replace(planned, token_weights=costs.token_weights)
+    return replace(planned, token_weights=_joined_weights(lengths, tokens.numel()))
+
+
+def _step(
+    progress: Callable[[int, int], None] | None, part: int, parts: int
+) -> Callable[[int, int], None] | None:
+    """The progress of one of several equal parts."""
+    return progress and (lambda done, total: progress(part * total + done, parts * total))
+
+
+def _joined_weights(lengths: list[dict[str, Tensor]], tokens: int) -> dict[str, Tensor]:
+    """The weights of all tokens, for linears that are called on each of them once.
+
+    Others, as those of experts, may be called on other tokens when their moments are measured.
+    """
+    if not lengths:
+        return {}
+    joined = {
+        name: torch.cat([part[name] for part in lengths])
+        for name in lengths[0]
+        if all(name in part for part in lengths)
+    }
+    return {name: token_weights(found) for name, found in joined.items() if len(found) == tokens}
 
 
 def _chosen(

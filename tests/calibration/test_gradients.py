@@ -3,10 +3,16 @@ import torch
 
 from pbsp.calibration.gradients import BackwardWalk
 from pbsp.calibration.moments import Moment, collect_block_moments
-from pbsp.calibration.sensitivity import cut_lengths, measure_sensitivities
+from pbsp.calibration.sensitivity import (
+    cut_lengths,
+    gradient_lengths,
+    measure_sensitivities,
+    token_weights,
+)
 from pbsp.calibration.walk import Walk
 from pbsp.errors import ModelError
 from pbsp.models.blocks import decoder_blocks
+from pbsp.models.experts import split_experts
 from tiny import tiny_model, tiny_tokens
 
 NAMES = ["llama", "qwen2", "gemma3", "opt", "gpt2", "gpt-neox", "falcon", "phi3"]
@@ -65,7 +71,7 @@ def test_sensitivities_are_the_means_over_all_tokens():
         expected = inputs.T @ (inputs * cut[:, None]) / cut.sum()
         torch.testing.assert_close(sensitivity.moment, expected, rtol=1e-3, atol=1e-5)
         torch.testing.assert_close(sensitivity.row_energy, gradients.square().mean(0), rtol=1e-3, atol=1e-9)
-        torch.testing.assert_close(sensitivity.weights, cut / cut.mean(), rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(sensitivity.lengths, cut, rtol=1e-3, atol=1e-9)
 
 
 def test_a_model_that_adds_its_input_after_the_blocks_is_refused():
@@ -94,7 +100,7 @@ def test_moments_weighted_by_gradients_are_those_of_the_sensitivities():
     found = {}
     with torch.no_grad():
         measure_sensitivities(model, blocks, tokens, lambda name, one: found.update({name: one}))
-        weights = {name: one.weights for name, one in found.items()}
+        weights = {name: token_weights(one.lengths) for name, one in found.items()}
         walk = Walk(model, blocks, tokens)
         for index, block in enumerate(blocks):
             moments = collect_block_moments(
@@ -124,3 +130,22 @@ def test_weighted_moments_equal_a_sum_over_tokens():
     rows = inputs.reshape(14, 4)
     expected = sum(weight * torch.outer(row, row) for weight, row in zip(weights, rows, strict=True)) / 14
     torch.testing.assert_close(moment.mean(), expected)
+
+
+def test_lengths_without_moments_are_those_of_the_sensitivities():
+    model = tiny_model("mixtral")
+    split_experts(model)
+    tokens = tiny_tokens(3, 12)
+    blocks = decoder_blocks(model)
+    found = {}
+    with torch.no_grad():
+        measure_sensitivities(model, blocks, tokens, lambda name, one: found.update({name: one.lengths}))
+        lengths = gradient_lengths(model, blocks, tokens)
+    assert lengths.keys() == found.keys()
+    for name, one in lengths.items():
+        assert torch.equal(one, found[name]), name
+
+
+def test_weights_without_gradients_are_alike():
+    assert torch.equal(token_weights(torch.zeros(5)), torch.ones(5))
+    assert float(token_weights(torch.rand(100)).mean()) == pytest.approx(1, rel=1e-5)

@@ -43,13 +43,13 @@ class Costs:
         tiling: the layers that can have planes, and those that cannot.
         layers: by name; of layers with one weight tensor only the first.
         left_bits: of the layers that cannot, in 16 bit.
-        token_weights: linear layer → weights of its tokens by the gradient, see `Sensitivity`.
+        lengths: linear layer → the squared lengths of its tokens' gradients, see `Sensitivity`.
     """
 
     tiling: Plan
     layers: dict[str, LayerCosts]
     left_bits: int
-    token_weights: dict[str, Tensor]
+    lengths: dict[str, Tensor]
 
     @property
     def weights(self) -> int:
@@ -122,11 +122,10 @@ def measure_costs(
     tiling = uniform_plan(blocks, PROBES[1], strict=strict)
     modules = {name: module for block in blocks for name, module in block.linears().items()}
     found: dict[str, LayerCosts] = {}
-    weights: dict[str, Tensor] = {}
+    lengths: dict[str, Tensor] = {}
 
     def visit(name: str, sensitivity: Sensitivity) -> None:
-        if len(sensitivity.weights) == tokens.numel():  # else, as in experts, which tokens come may change
-            weights[name] = sensitivity.weights
+        lengths[name] = sensitivity.lengths
         if name in tiling.patterns and name not in tiling.same_as:
             try:
                 found[name] = _costs(linear_weight(modules[name]).float(), sensitivity, method)
@@ -140,7 +139,7 @@ def measure_costs(
         name: _unseen(linear_weight(modules[name]), method.block) for name in names if name not in found
     }
     layers = {name: found.get(name) or unseen[name] for name in names}
-    return Costs(tiling, layers, left_bits, weights)
+    return Costs(tiling, layers, left_bits, lengths)
 
 
 def _costs(weight: Float[Tensor, "out in"], sensitivity: Sensitivity, method: PlaneFit) -> LayerCosts:

@@ -23,12 +23,12 @@ class Sensitivity:
         moment: of its inputs, tokens weighted by the squared length of the gradient at the output (see
             `cut_lengths`); the weights' mean is 1.
         row_energy: mean over tokens of the squared gradient at each output, in nats² per unit².
-        weights: of its tokens in that moment, in the order in which it was called on them.
+        lengths: the squared lengths of its tokens' gradients, in the order in which it was called on them.
     """
 
     moment: Float[Tensor, "in in"]
     row_energy: Float[Tensor, "out"]
-    weights: Float[Tensor, "tokens"]
+    lengths: Float[Tensor, "tokens"]
 
     def row_losses(self, difference: Float[Tensor, "rows in"], rows: Tensor) -> Float[Tensor, "rows"]:
         """What a change of these rows adds to the loss, in nats per token, for each of them.
@@ -71,6 +71,40 @@ def measure_sensitivities(
             visit(name, sums.sensitivity())
 
 
+def gradient_lengths(
+    model: PreTrainedModel,
+    blocks: list[Block],
+    tokens: Int64[Tensor, "windows context"],
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Float[Tensor, "tokens"]]:
+    """For every linear the squared lengths of the gradients at its output, cut; windows in order.
+
+    Args:
+        tokens: few windows: their hidden states before all blocks are held.
+        progress: told blocks done and blocks in all.
+    """
+    walk = BackwardWalk(model, blocks, tokens)
+    found: dict[str, list[Tensor]] = {}
+
+    def watch(window: int, name: str, inputs: Tensor, gradient: Tensor) -> None:
+        squares = gradient.reshape(-1, gradient.shape[-1]).float().square().sum(1)
+        if len(squares):
+            found.setdefault(name, []).append(cut_lengths(squares))
+
+    for done in range(len(blocks)):
+        if progress:
+            progress(done, len(blocks))
+        walk.step(watch)
+    return {name: torch.cat(lengths) for name, lengths in found.items()}
+
+
+def token_weights(lengths: Float[Tensor, "tokens"]) -> Float[Tensor, "tokens"]:
+    """Weights with mean 1 in proportion to squared gradient lengths; without any gradient all alike."""
+    mean = float(lengths.mean())
+    return lengths / mean if mean > 0 else torch.ones_like(lengths)
+
+
 def cut_lengths(squared: Float[Tensor, "tokens"]) -> Float[Tensor, "tokens"]:
     """A window's squared gradient lengths, cut off at what one token in a thousand exceeds.
 
@@ -101,6 +135,5 @@ class _Gathered:
     def sensitivity(self) -> Sensitivity:
         lengths = torch.cat(self._lengths)
         mean = float(lengths.mean())
-        weights = lengths / mean if mean > 0 else torch.ones_like(lengths)
         energy = torch.as_tensor(self._energy) / len(lengths)
-        return Sensitivity(self._moment.mean() / max(mean, 1e-30), energy, weights)
+        return Sensitivity(self._moment.mean() / max(mean, 1e-30), energy, lengths)
