@@ -55,7 +55,7 @@ def run_compress(
         if output is None:
             raise ConfigError("Missing option '--output': name a folder to write, or see --dry-run")
         check_target(Path(output), source=source, overwrite=overwrite)
-        kept = Path(f"{output.rstrip('/')}.unfinished")
+        kept = _unfinished_of(output)
         if kept.exists() and not resume:
             raise OutputError(f"{kept} holds an unfinished compression; go on with --resume, or delete it")
         if resume and not kept.exists():
@@ -65,7 +65,7 @@ def run_compress(
     if output is None or dry_run:
         _dry_run(loaded, config, corpus, json=json)
         return
-    unfinished = Unfinished(Path(f"{output.rstrip('/')}.unfinished"))
+    unfinished = Unfinished(_unfinished_of(output))
     with unfinished.cleared_if_empty(), bars() as progress:
         report = compress(
             loaded.model, loaded.tokenizer, config, corpus=corpus, progress=progress, unfinished=unfinished
@@ -97,6 +97,11 @@ def run_compress(
         print(f"without a calibration of its own: {name}: {reason}")
     spent = ", ".join(f"{stage} {value:.1f} s" for stage, value in seconds.items() if value >= 0.05)
     print(f"{spent}; peak memory {peak_rss_bytes() / 1e9:.2f} GB; written to {output}")
+
+
+def _unfinished_of(output: str) -> Path:
+    """Where a run that writes to `output` keeps what it has finished."""
+    return Path(f"{output.rstrip('/')}.unfinished")
 
 
 def _dry_run(loaded: LoadedModel, config: Config, corpus: Corpus, *, json: bool) -> None:

@@ -63,8 +63,9 @@ def test_tables_that_do_more_stay_as_they_are(tmp_path):
     assert not isinstance(model.get_input_embeddings(), PackedEmbedding)
 
 
-def test_a_headless_model_loads_too(tmp_path):
-    compressed("llama-untied", tmp_path / "out")
+@pytest.mark.parametrize("name", ["llama-untied", "gpt-neox"])
+def test_a_headless_model_loads_too(name, tmp_path):
+    compressed(name, tmp_path / "out")
     loaded = AutoModel.from_pretrained(tmp_path / "out")
     assert isinstance(loaded.get_input_embeddings(), PackedEmbedding)
 

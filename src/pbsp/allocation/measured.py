@@ -26,12 +26,10 @@ class LayerCosts:
 
     Attributes:
         weights: how many it has.
-        worth: nats per token that zeros in the layer's place would add by the same formula.
         choices: entry of the menu → its bits, and the nats per token that it is expected to add.
     """
 
     weights: int
-    worth: float
     choices: dict[Planes, Choice]
 
 
@@ -79,11 +77,9 @@ class Costs:
 
     def smallest(self) -> Plan:
         """The plan of the fewest bits."""
-        least = {
-            name: min(layer.choices.values()).bits * self._users()[name]
-            for name, layer in self.layers.items()
-        }
-        return self.plan(self.left_bits + sum(least.values()))
+        users = self._users()
+        least = (min(layer.choices.values()).bits * users[name] for name, layer in self.layers.items())
+        return self.plan(self.left_bits + sum(least))
 
     def bits(self, plan: Plan) -> int:
         """What the plan stores, layers that are left as they are included."""
@@ -158,14 +154,14 @@ def _costs(weight: Float[Tensor, "out in"], sensitivity: Sensitivity, method: Pl
         planes: Choice(planes_bits(planes, rows, columns, method.block), worth * errors[planes])
         for planes in _tiling(columns)
     }
-    return LayerCosts(weight.numel(), worth, choices)
+    return LayerCosts(weight.numel(), choices)
 
 
 def _unseen(weight: Float[Tensor, "out in"], block: int) -> LayerCosts:
     """Of a layer that the windows never reach: nothing says that it matters."""
     rows, columns = weight.shape
     choices = {planes: Choice(planes_bits(planes, rows, columns, block), 0.0) for planes in _tiling(columns)}
-    return LayerCosts(weight.numel(), 0.0, choices)
+    return LayerCosts(weight.numel(), choices)
 
 
 def _tiling(columns: int) -> list[Planes]:

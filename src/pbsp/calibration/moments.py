@@ -62,8 +62,8 @@ def collect_moments(
     what is derived from it can be shared too. A linear that is never called has no entry.
 
     Args:
-        weights: of the tokens, in the order in which the linear is called on them; where a linear has
-            none, or is called on another number of tokens, they count alike.
+        weights: of all tokens that the linear will be called on, in their order; where a linear has none,
+            they count alike.
 
     Raises:
         CalibrationError: a moment is not finite; names the layer.

@@ -88,9 +88,9 @@ def gradient_lengths(
     found: dict[str, list[Tensor]] = {}
 
     def watch(window: int, name: str, inputs: Tensor, gradient: Tensor) -> None:
-        squares = gradient.reshape(-1, gradient.shape[-1]).float().square().sum(1)
-        if len(squares):
-            found.setdefault(name, []).append(cut_lengths(squares))
+        if gradient.numel():
+            squares = _token_rows(gradient).square()
+            found.setdefault(name, []).append(cut_lengths(squares.sum(1)))
 
     for done in range(len(blocks)):
         if progress:
@@ -114,6 +114,10 @@ def cut_lengths(squared: Float[Tensor, "tokens"]) -> Float[Tensor, "tokens"]:
     return squared.clamp_max(torch.quantile(squared, _CUT))
 
 
+def _token_rows(values: Float[Tensor, "*tokens features"]) -> Float[Tensor, "all features"]:
+    return values.reshape(-1, values.shape[-1]).float()
+
+
 class _Gathered:
     """Sums over the tokens seen so far, the windows in the order in which they come."""
 
@@ -123,12 +127,12 @@ class _Gathered:
         self._lengths: list[Tensor] = []
 
     def add(self, inputs: Float[Tensor, "*tokens in"], gradient: Float[Tensor, "*tokens out"]) -> None:
-        squares = gradient.reshape(-1, gradient.shape[-1]).float().square()
-        lengths = squares.sum(1)
-        if len(lengths) == 0:
+        if not gradient.numel():
             return
+        squares = _token_rows(gradient).square()
+        lengths = squares.sum(1)
         cut = cut_lengths(lengths)
-        self._moment.update(inputs.reshape(len(lengths), -1).float() * cut.sqrt()[:, None])
+        self._moment.update(_token_rows(inputs) * cut.sqrt()[:, None])
         self._energy = self._energy + (cut / lengths.clamp_min(1e-30)) @ squares
         self._lengths.append(cut)
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pbsp.errors import FormatError
+from pbsp.integrations.modules import replace_module
 from pbsp.packed_embedding import PackedEmbedding, PackedHead
 from pbsp.quantization.rows import SCALE_BYTES
 from pbsp.storage.bits import CODES
@@ -65,7 +66,7 @@ def pack_embeddings(model: PreTrainedModel, dtype: torch.dtype) -> str:
         return f"16 bit: tied to a {type(head).__name__} that is more than a product"
     embedding = PackedEmbedding(module.weight.shape[0], module.weight.shape[1], dtype, device="meta")
     embedding.set_dense(module.weight)
-    _put(model, name, embedding)
+    replace_module(model, name, embedding)
     if not isinstance(head, nn.Linear) or not plain:
         return "8 bit" if head is None else f"8 bit; the head, {type(head).__name__}, 16 bit"
     packed = PackedHead(head.weight.shape[0], head.weight.shape[1], dtype, device="meta")
@@ -73,7 +74,7 @@ def pack_embeddings(model: PreTrainedModel, dtype: torch.dtype) -> str:
         packed.weight = embedding.weight
     else:
         packed.set_dense(head.weight)
-    _put(model, head_name, packed)
+    replace_module(model, head_name, packed)
     return "8 bit"
 
 
@@ -122,11 +123,11 @@ def place_embeddings(model: PreTrainedModel, entries: Mapping[str, RowsEntry]) -
                 f"{'x'.join(map(str, module.weight.shape))} in {type(model).__name__}"
             )
         kind = PackedEmbedding if isinstance(module, nn.Embedding) else PackedHead
-        _put(model, name, kind(entry.rows, entry.columns, module.weight.dtype, device="meta"))
+        replace_module(model, name, kind(entry.rows, entry.columns, module.weight.dtype, device="meta"))
     head_name, head = _head(model)
     if isinstance(head, nn.Linear) and _tied_source(model, head_name) in entries:
         rows, columns = head.weight.shape
-        _put(model, head_name, PackedHead(rows, columns, head.weight.dtype, device="meta"))
+        replace_module(model, head_name, PackedHead(rows, columns, head.weight.dtype, device="meta"))
 
 
 def check_embedding(name: str, entry: RowsEntry, stored: Mapping[str, StoredTensor]) -> None:
@@ -153,7 +154,7 @@ def unpack_embeddings(model: PreTrainedModel, dtype: torch.dtype) -> None:
             embeds = isinstance(module, PackedEmbedding)
             plain = nn.Embedding(rows, columns) if embeds else nn.Linear(columns, rows, bias=False)
         plain.weight = weight
-        _put(model, name, plain)
+        replace_module(model, name, plain)
 
 
 def _tied_source(model: PreTrainedModel, head_name: str) -> str | None:
@@ -174,9 +175,3 @@ def _head(model: PreTrainedModel) -> tuple[str, nn.Module | None]:
 
 def _name_of(model: PreTrainedModel, wanted: nn.Module) -> str:
     return next(name for name, module in model.named_modules() if module is wanted)
-
-
-def _put(model: PreTrainedModel, name: str, module: nn.Module) -> None:
-    parent, _, last = name.rpartition(".")
-    module.train(model.training)
-    setattr(model.get_submodule(parent), last, module)

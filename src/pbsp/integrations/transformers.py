@@ -131,12 +131,10 @@ class PbspHfQuantizer(HfQuantizer):
         for name, entry in layers.items():
             check_place(model, name, entry)
             replace_module(model, name, empty_linear(model.get_submodule(name), entry))
-        headless = model.get_output_embeddings() is None
-        embeddings = {
-            names.module_name(name): entry
-            for name, entry in self._config.embeddings.items()
-            if not (headless and name.endswith("lm_head"))
-        }
+        embeddings = {names.module_name(name): entry for name, entry in self._config.embeddings.items()}
+        if model.get_output_embeddings() is None:  # a base model has no place for the head's
+            places = dict(model.named_modules())
+            embeddings = {name: entry for name, entry in embeddings.items() if name in places}
         place_embeddings(model, embeddings)
         keys = ModelKeys(model, self)
         stored = keys.by_model_key(tensors)
