@@ -18,7 +18,7 @@ from pbsp.models.blocks import Block, linear_weight
 from pbsp.packed_linear import PackedLinear
 from pbsp.planning import Planned
 from pbsp.pruning.pattern import format_patterns
-from pbsp.recovery.block import BlockRecovery, Tuning, recover_block
+from pbsp.recovery.block import BLOCK_TUNING, BlockRecovery, recover_block
 from pbsp.report import LayerReport
 from pbsp.solving import solve_linears
 from pbsp.storage.checkpoint import LayerEntry
@@ -53,7 +53,7 @@ class BlockRun:
         """Measure, solve and replace block after block, each behind its compressed predecessors."""
         with timed(self.seconds, "calibrate"):
             walk = Walk(self.model, self.blocks, tokens)
-        if self.config.recover == "block":
+        if self.config.recovers_blocks:
             self.originals = list(walk.hidden)
         done = self._restored(walk)
         for layers in done:
@@ -100,8 +100,18 @@ class BlockRun:
             ]
         if self.originals:
             with timed(self.seconds, "recover"):
-                run = partial(walk.replay, index, block.module)
-                recovery = recover_block(block.name, block.module, run, walk.hidden, self.originals, Tuning())
+                recovery = recover_block(
+                    block.name,
+                    block.module,
+                    partial(walk.replay, index, block.module),
+                    walk.hidden,
+                    self.originals,
+                    BLOCK_TUNING,
+                    originals={
+                        name.removeprefix(f"{block.name}."): linear_weight(module)
+                        for name, module in linears.items()
+                    },
+                )
                 self.recovered.append(recovery)
         with timed(self.seconds, "calibrate"):
             if not original_inputs:

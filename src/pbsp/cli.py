@@ -82,7 +82,8 @@ def compress(
     ] = None,
     embeddings: Annotated[str | None, typer.Option(help="Bits of embeddings and head: auto, 16, 8.")] = None,
     recover: Annotated[
-        str | None, typer.Option(help="block: tune each block's scales and norms after it is compressed.")
+        str | None,
+        typer.Option(help="block: tune each block as it is compressed; model: the whole at the end; both."),
     ] = None,
     strict: Annotated[
         bool | None, typer.Option("--strict/--no-strict", help="Refuse layers that cannot take it.")
@@ -221,6 +222,49 @@ def compare(
         texts=EvaluationTexts(text, windows, eval_context, seed),
         device=device,
         keep_models=keep_models,
+        json=json,
+    )
+
+
+@app.command()
+def recover(
+    folder: Annotated[str, typer.Argument(help="A folder written by `pbsp compress`.")],
+    against: Annotated[str, typer.Option(help="The original that it was made from.")],
+    output: Annotated[
+        str, typer.Option("--output", "-o", help="Folder to write; new or empty, see --overwrite.")
+    ],
+    calibration: Annotated[str | None, typer.Option(help="self, c4, wikitext2 or a text file.")] = None,
+    samples: Annotated[int | None, typer.Option(help="Windows; one in 16 is held out.")] = None,
+    context: Annotated[int | None, typer.Option(help="Tokens of a window.")] = None,
+    seed: Annotated[int | None, typer.Option(help=_SEED_HELP)] = None,
+    epochs: Annotated[int, typer.Option(help="Passes over the windows.")] = 1,
+    rate: Annotated[float, typer.Option(help="Largest step of scales, relative, and of norms.")] = 1e-2,
+    code_rate: Annotated[
+        float, typer.Option(help="Largest step towards another code, in scales; 0 leaves codes alone.")
+    ] = 1e-2,
+    device: Device = "auto",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the model in the output folder.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where an interrupted run stopped (OUTPUT.unfinished).")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Tune a compressed model until its predictions are near the original's; it stays as small."""
+    from pbsp.commands_recover import run_recover
+    from pbsp.recovery.tunable import Tuning
+
+    text = {"calibration": calibration, "samples": samples, "context": context, "seed": seed}
+    run_recover(
+        folder,
+        output,
+        against=against,
+        text={name: value for name, value in text.items() if value is not None},
+        tuning=Tuning(epochs, rate, code_rate),
+        device=device,
+        overwrite=overwrite,
+        resume=resume,
         json=json,
     )
 

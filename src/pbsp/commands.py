@@ -55,7 +55,7 @@ def run_compress(
         if output is None:
             raise ConfigError("Missing option '--output': name a folder to write, or see --dry-run")
         check_target(Path(output), source=source, overwrite=overwrite)
-        kept = _unfinished_of(output)
+        kept = unfinished_of(output)
         if kept.exists() and not resume:
             raise OutputError(f"{kept} holds an unfinished compression; go on with --resume, or delete it")
         if resume and not kept.exists():
@@ -65,7 +65,7 @@ def run_compress(
     if output is None or dry_run:
         _dry_run(loaded, config, corpus, json=json)
         return
-    unfinished = Unfinished(_unfinished_of(output))
+    unfinished = Unfinished(unfinished_of(output))
     with unfinished.cleared_if_empty(), bars() as progress:
         report = compress(
             loaded.model, loaded.tokenizer, config, corpus=corpus, progress=progress, unfinished=unfinished
@@ -91,7 +91,7 @@ def run_compress(
         print_json(values)
         return
     print_tables(summary_table(found))
-    print(_calibrated_on(report.calibration))
+    print(calibrated_on(report.calibration))
     _print_left(found)
     for name, reason in report.uncalibrated.items():
         print(f"without a calibration of its own: {name}: {reason}")
@@ -99,7 +99,7 @@ def run_compress(
     print(f"{spent}; peak memory {peak_rss_bytes() / 1e9:.2f} GB; written to {output}")
 
 
-def _unfinished_of(output: str) -> Path:
+def unfinished_of(output: str) -> Path:
     """Where a run that writes to `output` keeps what it has finished."""
     return Path(f"{output.rstrip('/')}.unfinished")
 
@@ -167,7 +167,8 @@ def calibration_corpus(source: str, text: dict[str, Any]) -> Corpus:
     return Corpus(values.pop("calibration"), **values)
 
 
-def _calibrated_on(calibration: dict[str, Any]) -> str:
+def calibrated_on(calibration: dict[str, Any]) -> str:
+    """A line that says what text was used."""
     extent = f"{calibration['windows']} windows of {calibration['context']} tokens"
     note = f" ({calibration['note']})" if calibration["note"] else ""
     return f"calibrated on {calibration['text']}: {extent}{note}, seed {calibration['seed']}"

@@ -1,5 +1,6 @@
 """The data flow of a compression, from a model and a text to the same model with packed layers."""
 
+import copy
 import platform
 from functools import partial
 from importlib.metadata import version
@@ -17,6 +18,7 @@ from pbsp.models.blocks import decoder_blocks, linear_weight
 from pbsp.models.experts import split_experts
 from pbsp.models.precision import cast_stored, check_finite, storage_dtype, weights_digest
 from pbsp.planning import Planned, check_request, make_plan
+from pbsp.recovery.model import MODEL_TUNING, recover_model
 from pbsp.report import Bits, CompressionReport
 from pbsp.resources import peak_rss_bytes
 from pbsp.unfinished import Unfinished
@@ -51,7 +53,7 @@ def compress(
     Raises:
         ConfigError: the earlier run had other settings (names what differs).
         ModelError: an unsupported architecture, or a NaN or infinite weight (names the layer).
-        CorpusError: the text is missing, empty or too short.
+        CorpusError: the text is missing, empty or too short (to tune the model: than two windows).
         PatternError: no layer can take the pattern (`strict`: not every layer).
         CalibrationError: a layer cannot be solved (names the layer).
     """
@@ -79,8 +81,17 @@ def compress(
     if unfinished and kept is None:
         unfinished.keep_plan(planned.to_dict(), planned.token_weights)
     plan = planned.plan
+    teacher = copy.deepcopy(model) if config.recovers_model else None
     run = BlockRun(model, blocks, planned, config, seconds, tell, unfinished=unfinished)
     layers = tuple(run.compress_blocks(corpus.tokens))
+    distilled = None
+    if teacher is not None:
+        with timed(seconds, "recover"):
+            kept = unfinished and unfinished.tuning
+            distilled = recover_model(
+                model, teacher, corpus.tokens, MODEL_TUNING, progress=partial(tell, "tune"), kept=kept
+            )
+            del teacher
     cast_stored(model, dtype)
     embeddings = "16 bit"
     if run.packed and config.embedding_bits == 8:
@@ -100,6 +111,7 @@ def compress(
         uncalibrated=run.uncalibrated,
         coarse=planned.coarse,
         recovered=tuple(run.recovered),
+        distilled=distilled,
         embeddings=embeddings,
         expected_loss=planned.expected_loss,
         source=model.config.name_or_path or "",

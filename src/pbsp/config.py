@@ -21,7 +21,7 @@ _CHOICES = {
     "inputs": ("compressed", "original"),
     "dtype": (AUTO, "float16", "bfloat16"),
     "embeddings": (AUTO, "16", "8"),
-    "recover": ("none", "block"),
+    "recover": ("none", "block", "model", "both"),
 }
 _TEXT_OPTIONS: dict[str, type] = {"calibration": str, "samples": int, "context": int, "seed": int}
 
@@ -48,8 +48,10 @@ class Config:
             float16 if all its values are in range, else bfloat16.
         embeddings: bits of the input embedding and of the head, "16" or "8". "auto" is 8 with `bits`,
             `file_size` or `plan`, else 16.
-        recover: "block" tunes the scales, norms and biases of every block, once it is compressed, until its
-            output is near the original block's; "none" does not. Only planes, and inputs "compressed".
+        recover: what is tuned, codes, scales, norms and biases: "block", every block once it is compressed,
+            until its output is near the original block's; "model", the whole model at the end, until its
+            predictions are near the original's, for which the original stays in memory; "both"; or
+            "none". Only planes, and inputs "compressed".
         bits: stored bits per weight of all linear layers, at most; each gets the planes that are expected to
             cost the model least in sum. Only planes.
         file_size: the same for the bytes of the weight files.
@@ -93,6 +95,16 @@ class Config:
                 f"allocation {self.coarse} takes one N:M, not the {len(patterns)} planes of "
                 f"{self.pattern or self.method}"
             )
+
+    @property
+    def recovers_blocks(self) -> bool:
+        """Whether every block is tuned once it is compressed."""
+        return self.recover in ("block", "both")
+
+    @property
+    def recovers_model(self) -> bool:
+        """Whether the whole model is tuned at the end."""
+        return self.recover in ("model", "both")
 
     @property
     def budgeted(self) -> bool:

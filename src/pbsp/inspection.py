@@ -90,7 +90,7 @@ def inspect_folder(folder: Path) -> Inspection:
     sizes = folder_bytes(folder)
     files = [name for name in sizes if name.endswith(".safetensors")]
     tensors = {tensor.key: tensor for tensor in read_headers(str(folder / name) for name in files)}
-    recorded = _recorded(folder)
+    recorded = recorded_report(folder)
     errors = {layer["name"]: layer["output_error"] for layer in recorded.get("layers", [])}
     for name in left:
         if f"{name}.weight" not in tensors:
@@ -151,7 +151,7 @@ def _check_depth(path: Path, values: dict[str, Any]) -> None:
             raise ModelError(f"{path} is damaged: its {name} cannot be so large")
 
 
-def _recorded(folder: Path) -> dict[str, Any]:
+def recorded_report(folder: Path) -> dict[str, Any]:
     """What `compress` recorded beside the model; empty if the file was not kept."""
     path = folder / REPORT_FILE
     if not path.is_file():

@@ -4,9 +4,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from pbsp.allocation.coarse import CoarseAllocation
+from pbsp.errors import FormatError
 from pbsp.packed_linear import PackedLinear
 from pbsp.pruning.pattern import format_patterns
 from pbsp.recovery.block import BlockRecovery
+from pbsp.recovery.model import ModelRecovery
 from pbsp.storage.bits import stored_bits
 from pbsp.storage.counting import count_bits
 from pbsp.storage.layouts import Form, Representation
@@ -113,6 +115,7 @@ class CompressionReport:
         uncalibrated: linear layer of an expert that had too few tokens → what it was solved on instead.
         coarse: an allocation over blocks, where it was asked for.
         recovered: what tuning each block did, where that was asked for.
+        distilled: what tuning the whole model did, where that was asked for.
         embeddings: how the input embedding and the head are stored.
         expected_loss: nats per token that the plan was expected to add, where a budget chose it.
         source: the model that was compressed.
@@ -131,6 +134,7 @@ class CompressionReport:
     uncalibrated: dict[str, str]
     coarse: CoarseAllocation | None
     recovered: tuple[BlockRecovery, ...]
+    distilled: ModelRecovery | None
     embeddings: str
     expected_loss: float | None
     source: str
@@ -145,3 +149,25 @@ class CompressionReport:
         if self.coarse is not None and self.coarse.rule == "paper":
             values["coarse"]["cosines"] = [1 - importance for importance in self.coarse.importances]
         return values
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> "CompressionReport":
+        """The inverse of `to_dict`; FormatError if it is not one of this version."""
+        try:
+            coarse = values["coarse"]
+            if coarse is not None:
+                names = ("importances", "ranks", "kept")
+                coarse = CoarseAllocation(coarse["rule"], *(tuple(coarse[name]) for name in names))
+            distilled = values["distilled"]
+            if distilled is not None:
+                curve = tuple((step, train, held) for step, train, held in distilled["curve"])
+                distilled = ModelRecovery(**{**distilled, "curve": curve})
+            objects = {
+                "layers": tuple(LayerReport(**layer) for layer in values["layers"]),
+                "recovered": tuple(BlockRecovery(**block) for block in values["recovered"]),
+                "coarse": coarse,
+                "distilled": distilled,
+            }
+            return CompressionReport(**{**values, **objects})
+        except (KeyError, TypeError, ValueError) as error:
+            raise FormatError(f"the model's report is not one of this version ({error!r})") from None

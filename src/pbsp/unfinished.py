@@ -6,6 +6,7 @@ weights.safetensors            weights of tokens, where the plan has them; writt
 block-0003.json                its layers' entries and reports, SHA-256 of the two files below; written last
 block-0003.safetensors         its packed tensors, or the values where no layout holds them
 hidden-0003.safetensors        the hidden states behind it; those of the last two blocks are kept
+tuning.pt                      the state of tuning the whole model, every few steps
 lock                           held by the process that works here
 """
 
@@ -22,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pbsp.errors import FormatError, OutputError
+from pbsp.recovery.tuning_file import TuningFile
 from pbsp.storage.claims import claim, read_object, write_whole
 
 _WEIGHTS = "weights.safetensors"
@@ -76,6 +78,11 @@ class Unfinished:
             raise OutputError(f"{self.folder / _WEIGHTS} cannot be written: {error}") from None
         write_whole(self.folder / "plan.json", json.dumps(dict(plan), indent=1))
 
+    @property
+    def tuning(self) -> TuningFile:
+        """Where the tuning of the whole model is kept."""
+        return TuningFile(self.folder / "tuning.pt")
+
     def finished(self) -> int:
         """How many blocks, from the first, are whole with the hidden states behind the last of them."""
         count = 0
@@ -109,11 +116,11 @@ class Unfinished:
 
     @contextmanager
     def cleared_if_empty(self) -> Iterator[None]:
-        """Remove the folder if an error, or Ctrl-C, ends the context before a block is finished."""
+        """Remove the folder if an error, or Ctrl-C, ends the context before it holds any result."""
         try:
             yield
         except BaseException:
-            if not self.finished():
+            if not self.finished() and not self.tuning.path.exists():
                 self.remove()
             raise
 

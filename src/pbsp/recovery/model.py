@@ -1,0 +1,177 @@
+"""Distillation: tune a compressed model until it predicts what the original predicts."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from pbsp.errors import CalibrationError, CorpusError
+from pbsp.evaluation.divergence import token_divergence
+from pbsp.models.blocks import decoder_blocks, linear_weight
+from pbsp.recovery.tunable import Tunable, Tuning, tunable
+from pbsp.recovery.tuning_file import TuningFile
+
+MODEL_TUNING = Tuning(epochs=1, rate=1e-2, code_rate=1e-2)
+TOKENS_A_STEP = 2048
+_HELD_OUT = 16  # one window in so many, the last ones, judges and is not trained on
+_JUDGED_EVERY = 10  # steps
+
+
+@dataclass(frozen=True)
+class ModelRecovery:
+    """What tuning a model did.
+
+    Attributes:
+        before, after: KL(original ‖ model) in nats per token, a mean over the held-out windows.
+        steps: updates made; those after the best state are not kept.
+        tokens: that were trained on, repetitions not counted.
+        held_out_tokens: that judged.
+        curve: (step, mean KL of the training windows since the last, KL of the held-out ones).
+    """
+
+    before: float
+    after: float
+    steps: int
+    tokens: int
+    held_out_tokens: int
+    curve: tuple[tuple[int, float, float], ...]
+
+
+@dataclass
+class _Course:
+    """How far a tuning has come, beside its parameters."""
+
+    before: float
+    best: float
+    step: int = 0
+    seen: list[float] = field(default_factory=list)  # KL of the training windows since the last judgement
+    curve: list[tuple[int, float, float]] = field(default_factory=list)
+
+
+@torch.no_grad()
+def recover_model(
+    model: PreTrainedModel,
+    teacher: PreTrainedModel,
+    tokens: Int64[Tensor, "windows context"],
+    tuning: Tuning,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+    kept: TuningFile | None = None,
+) -> ModelRecovery:
+    """Tune all planes, norms and biases of `model` in place; it never ends worse than it began.
+
+    The loss is KL(teacher ‖ model), a mean over tokens; the teacher's predictions are computed as they are
+    needed. Windows come in order, about 2048 tokens a step, one window at a time through the model. Held in
+    memory are both models' weights in the dtype they compute in, the gradient of the one, one window's
+    hidden states before every block, which is computed again on the way back, and logits; and for every
+    code that is tuned 16 bytes, of which the best state so far takes 4.
+
+    Args:
+        model: compressed, in evaluation mode.
+        teacher: the original, on the same device.
+        tokens: calibration windows; one in 16, the last ones, is held out.
+        tuning: see `Tuning`.
+        progress: told the steps done, and all.
+        kept: where the state is kept every ten steps, and found; the result is the same.
+
+    Raises:
+        CorpusError: there are fewer than two windows.
+        CalibrationError: the divergence is not finite.
+    """
+    if len(tokens) < 2:
+        raise CorpusError(f"{len(tokens)} windows; distillation needs at least 2, one of them held out")
+    held = max(1, len(tokens) // _HELD_OUT)
+    judged = tokens[-held:]
+    batches = tokens[:-held].split(max(1, TOKENS_A_STEP // tokens.shape[1]))
+    steps = tuning.epochs * len(batches)
+    blocks = [model.get_submodule(block.name) for block in decoder_blocks(teacher)]
+
+    def held_out() -> float:
+        return sum(float(_divergence(model, teacher, window)) for window in judged) / held
+
+    originals = _weights(teacher)
+    with tunable(model, tuning, steps=steps, originals=originals) as chosen, _checkpointed(blocks):
+        found = kept.load(model.device) if kept else None
+        if found:
+            course, best = _resumed(found, chosen)
+        else:
+            first = held_out()
+            course, best = _Course(first, first), chosen.values()
+        while course.step < steps:
+            if progress:
+                progress(course.step, steps)
+            course.seen.append(_step(model, teacher, batches[course.step % len(batches)], chosen))
+            course.step += 1
+            if course.step % _JUDGED_EVERY and course.step < steps:
+                continue
+            now = held_out()
+            course.curve.append((course.step, sum(course.seen) / len(course.seen), now))
+            course.seen = []
+            if now < course.best:
+                course.best, best = now, chosen.values()
+            if kept:
+                kept.save({"course": asdict(course), "best": best, "tuned": chosen.state()})
+        chosen.restore(best)
+    return ModelRecovery(
+        course.before, course.best, steps, tokens[:-held].numel(), judged.numel(), tuple(course.curve)
+    )
+
+
+def _resumed(found: dict[str, Any], chosen: Tunable) -> tuple[_Course, list[Tensor]]:
+    chosen.load_state(found["tuned"])
+    return _Course(**found["course"]), found["best"]
+
+
+def _weights(teacher: PreTrainedModel) -> dict[str, Tensor]:
+    """Weights of the linears in the teacher's blocks, by full name."""
+    return {
+        name: linear_weight(module)
+        for block in decoder_blocks(teacher)
+        for name, module in block.linears().items()
+    }
+
+
+def _step(model: PreTrainedModel, teacher: PreTrainedModel, windows: Tensor, chosen: Tunable) -> float:
+    """One update; the windows' mean KL before it."""
+    total = 0.0
+    for window in windows:
+        with torch.enable_grad():
+            loss = _divergence(model, teacher, window) / len(windows)
+            loss.backward(inputs=chosen.leaves())
+        total += float(loss.detach())
+    chosen.step()
+    return total
+
+
+def _divergence(model: PreTrainedModel, teacher: PreTrainedModel, window: Int64[Tensor, "context"]) -> Tensor:
+    tokens = window[None].to(model.device)
+    with torch.no_grad():
+        wanted = teacher(input_ids=tokens, use_cache=False).logits[0]
+    found = model(input_ids=tokens, use_cache=False).logits[0]
+    mean = token_divergence(wanted, found)[0].mean()
+    if not bool(torch.isfinite(mean)):
+        raise CalibrationError("the divergence from the original is not finite; lower the rates of tuning")
+    return mean
+
+
+@contextmanager
+def _checkpointed(blocks: list[nn.Module]) -> Iterator[None]:
+    """While it lasts, the blocks keep no more than their input for the way back."""
+    for block in blocks:
+        block.forward = partial(_again, block.forward)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
+
+
+def _again(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs)

@@ -1,0 +1,88 @@
+import pytest
+import torch
+
+from pbsp.methods.planes import PlaneFit
+from pbsp.packed_linear import PackedLinear
+from pbsp.pruning.pattern import parse_patterns
+from pbsp.recovery.tuned_planes import TunedPlanes, codes_of, first_latents
+from variants import layer_problem
+
+
+def planes(rows=6, columns=40, block=16):
+    weight, moment = layer_problem(rows=rows, columns=columns)
+    return PlaneFit(parse_patterns("2:8+1:8"), block=block, sweeps=1).compress(weight, moment), weight
+
+
+def shaken(tuned, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        tuned.change.copy_(torch.randn(tuned.change.shape, generator=generator))
+        if tuned.latents is not None:
+            tuned.latents.add_(torch.randn(tuned.latents.shape, generator=generator))
+    tuned.refresh()
+    return tuned
+
+
+@pytest.mark.parametrize("codes", [False, True])
+def test_untuned_planes_compute_what_the_planes_stand_for(codes):
+    fit, weight = planes()
+    x = torch.randn(3, 5, 40, generator=torch.Generator().manual_seed(0))
+    bias = torch.arange(6.0)
+    tuned = TunedPlanes(fit, bias, original=weight if codes else None)
+    tuned.refresh()
+    torch.testing.assert_close(tuned(x), x @ fit.dense().T + bias)
+    again = tuned.planes()
+    assert torch.equal(again.signs, fit.signs)
+    assert torch.equal(again.scales, fit.scales)
+
+
+@pytest.mark.parametrize("codes", [False, True])
+def test_tuned_planes_store_what_they_computed_with_also_where_a_scale_turned(codes):
+    fit, weight = planes()
+    tuned = shaken(TunedPlanes(fit, None, original=weight if codes else None))
+    assert (tuned.change < -1).any()
+    stored = tuned.planes()
+    assert torch.equal(stored.keep, fit.keep) is not codes
+    assert torch.equal(tuned.weight, stored.dense())
+    torch.testing.assert_close(tuned(torch.eye(40)).T, stored.dense(), rtol=1e-5, atol=1e-6)
+    assert (stored.scales >= 0).all()
+    packed = PackedLinear.of(stored)  # asserts that scales and codes have the stored format
+    assert torch.equal(packed.dense(), stored.dense())
+
+
+def test_the_gradient_passes_the_rounding():
+    fit, weight = planes()
+    tuned = shaken(TunedPlanes(fit, None, original=weight))
+    x = torch.randn(9, 40, generator=torch.Generator().manual_seed(0))
+    target = torch.randn(9, 6, generator=torch.Generator().manual_seed(1))
+    (tuned(x) - target).square().sum().backward(inputs=[tuned.weight])
+    tuned.pull()
+    stored = tuned.planes()
+    slope = 2 * (x @ stored.dense().T - target).T @ x  # of W
+    for plane in range(2):
+        turned = torch.where(1 + tuned.change[plane] < 0, -1.0, 1.0)
+        for block, columns in enumerate((slice(0, 16), slice(16, 32), slice(32, 40))):
+            signs = stored.signs[plane][:, columns] * turned[:, block, None]  # of codes, before the scale's
+            expected = (slope[:, columns] * signs).sum(1) * fit.scales[plane, :, block]
+            torch.testing.assert_close(tuned.change.grad[plane, :, block], expected, rtol=1e-4, atol=1e-4)
+            scale = (stored.scales[plane] * turned)[:, block, None]
+            latent = tuned.latents.grad[plane][:, columns]
+            torch.testing.assert_close(latent, slope[:, columns] * scale, rtol=1e-4, atol=1e-4)
+    assert tuned.weight.grad is None
+
+
+def test_first_latents_give_the_codes_and_lean_to_the_original():
+    fit, weight = planes(rows=12)
+    latents = first_latents(fit, weight)
+    for plane, pattern in enumerate(fit.patterns):
+        assert torch.equal(codes_of(latents[plane], pattern), fit.signs[plane])
+    pruned = fit.signs == 0
+    left = (weight - fit.dense())[None].expand_as(latents)
+    assert torch.equal(latents[pruned].sign(), left[pruned].sign())
+
+
+def test_exactly_n_of_every_m_are_kept_also_among_ties_and_zeros():
+    (pattern,) = parse_patterns("3:8")
+    latents = torch.tensor([[0.0] * 8, [1.0] * 8, [-1.0, 2.0, 0.0, 0.0, -0.5, 0.0, 0.0, 0.0]])
+    expected = [[1, 1, 1, 0, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0, 0, 0], [-1, 1, 0, 0, -1, 0, 0, 0]]
+    assert codes_of(latents, pattern).tolist() == expected
