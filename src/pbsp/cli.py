@@ -241,7 +241,7 @@ def recover(
     rate: Annotated[float, typer.Option(help="Largest step of scales, relative, and of norms.")] = 1e-2,
     code_rate: Annotated[
         float, typer.Option(help="Largest step towards another code, in scales; 0 leaves codes alone.")
-    ] = 1e-2,
+    ] = 0.0,
     device: Device = "auto",
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the model in the output folder.")

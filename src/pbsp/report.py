@@ -153,7 +153,9 @@ class CompressionReport:
     @staticmethod
     def from_dict(values: dict[str, Any]) -> "CompressionReport":
         """The inverse of `to_dict`; FormatError if it is not one of this version."""
+        later = {"recovered": [], "distilled": None, "embeddings": "16 bit"}  # not in the first reports
         try:
+            values = {**later, **values}
             coarse = values["coarse"]
             if coarse is not None:
                 names = ("importances", "ranks", "kept")

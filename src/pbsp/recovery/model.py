@@ -18,9 +18,10 @@ from pbsp.models.blocks import decoder_blocks, linear_weight
 from pbsp.recovery.tunable import Tunable, Tuning, tunable
 from pbsp.recovery.tuning_file import TuningFile
 
-MODEL_TUNING = Tuning(epochs=1, rate=1e-2, code_rate=1e-2)
+MODEL_TUNING = Tuning(epochs=1, rate=1e-2, code_rate=0.0)
 TOKENS_A_STEP = 2048
-_HELD_OUT = 16  # one window in so many, the last ones, judges and is not trained on
+_HELD_OUT = 16  # one window in so many, the last ones, judges and is not trained on;
+_MOST_HELD_OUT = 8  # that is often enough to tell states apart
 _JUDGED_EVERY = 10  # steps
 
 
@@ -76,7 +77,7 @@ def recover_model(
     Args:
         model: compressed, in evaluation mode.
         teacher: the original, on the same device.
-        tokens: calibration windows; one in 16, the last ones, is held out.
+        tokens: calibration windows; one in 16, the last ones, at most 8, is held out.
         tuning: see `Tuning`.
         progress: told the steps done, and all.
         kept: where the state is kept every ten steps, and found; the result is the same.
@@ -87,7 +88,7 @@ def recover_model(
     """
     if len(tokens) < 2:
         raise CorpusError(f"{len(tokens)} windows; distillation needs at least 2, one of them held out")
-    held = max(1, len(tokens) // _HELD_OUT)
+    held = min(max(1, len(tokens) // _HELD_OUT), _MOST_HELD_OUT)
     judged = tokens[-held:]
     batches = tokens[:-held].split(max(1, TOKENS_A_STEP // tokens.shape[1]))
     steps = tuning.epochs * len(batches)
