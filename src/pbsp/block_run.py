@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -18,7 +19,7 @@ from pbsp.models.blocks import Block, linear_weight
 from pbsp.packed_linear import PackedLinear
 from pbsp.planning import Planned
 from pbsp.pruning.pattern import format_patterns
-from pbsp.recovery.block import BLOCK_TUNING, BlockRecovery, recover_block
+from pbsp.recovery.block import BlockRecovery, BlockTask, adapt_block, recover_block
 from pbsp.report import LayerReport
 from pbsp.solving import solve_linears
 from pbsp.storage.checkpoint import LayerEntry
@@ -74,6 +75,11 @@ class BlockRun:
             name: module for name, module in block.linears().items() if name in self.planned.plan.patterns
         }
         with timed(self.seconds, "calibrate"):
+            self.originals = [walk.replay(index, block.module, hidden) for hidden in self.originals]
+        task = BlockTask(partial(walk.replay, index, block.module), walk.hidden, self.originals)
+        with timed(self.seconds, "recover"):
+            adapted = self._adapt(linears, task)
+        with timed(self.seconds, "calibrate"):
             experts = ExpertInputs(block, windows=len(walk.hidden))
             with experts.watching():
                 moments = collect_block_moments(
@@ -88,7 +94,6 @@ class BlockRun:
             stand_ins = experts.stand_ins(linears, moments.inputs)
             self.plain_because |= moments.plain_because
             self.uncalibrated |= stand_ins.reasons
-            self.originals = [walk.replay(index, block.module, hidden) for hidden in self.originals]
         with timed(self.seconds, "solve"):
             solved = solve_linears(linears, moments.inputs | stand_ins.inputs, self.planned.plan, self.config)
             shared = self.planned.plan.same_as.values()
@@ -98,25 +103,43 @@ class BlockRun:
                 self._replace(name, module, *solved[self.planned.plan.same_as.get(name, name)])
                 for name, module in linears.items()
             ]
-        if self.originals:
-            with timed(self.seconds, "recover"):
-                recovery = recover_block(
-                    block.name,
-                    block.module,
-                    partial(walk.replay, index, block.module),
-                    walk.hidden,
-                    self.originals,
-                    BLOCK_TUNING,
-                    originals={
-                        name.removeprefix(f"{block.name}."): linear_weight(module)
-                        for name, module in linears.items()
-                    },
-                )
-                self.recovered.append(recovery)
+        with timed(self.seconds, "recover"):
+            self._recover(block, linears, task, adapted)
         with timed(self.seconds, "calibrate"):
             if not original_inputs:
                 walk.run(index, block.module, keep=True)
         return layers
+
+    def _adapt(self, linears: dict[str, nn.Module], task: BlockTask) -> tuple[float, float] | None:
+        """Tune the uncompressed linears to their inputs, but for those that other blocks share.
+
+        Only in float32: the steps are lost in the roundings of shorter types.
+        """
+        if not self.originals:
+            return None
+        shared = {*self.planned.plan.same_as, *self.planned.plan.same_as.values()}
+        weights = {
+            name: module.get_parameter("weight") for name, module in linears.items() if name not in shared
+        }
+        own = {name: weight for name, weight in weights.items() if weight.dtype == torch.float32}
+        return adapt_block(own, task) if own else None
+
+    def _recover(
+        self,
+        block: Block,
+        linears: dict[str, nn.Module],
+        task: BlockTask,
+        adapted: tuple[float, float] | None,
+    ) -> None:
+        """Tune the compressed block, where that was asked for."""
+        if not self.originals:
+            return
+        originals = {
+            name.removeprefix(f"{block.name}."): linear_weight(module) for name, module in linears.items()
+        }
+        before, after, steps = recover_block(block.module, task, originals=originals)
+        inherited, left = adapted or (None, None)
+        self.recovered.append(BlockRecovery(block.name, inherited, left, before, after, steps))
 
     def _restored(self, walk: Walk) -> list[list[LayerReport]]:
         """Put back the blocks that an earlier run has finished; the walk then stands behind them."""

@@ -13,48 +13,57 @@ from pbsp.methods.planes import PlaneFit
 from pbsp.models.blocks import decoder_blocks, linear_weight
 from pbsp.packed_linear import PackedLinear
 from pbsp.pruning.pattern import parse_patterns
-from pbsp.recovery.block import recover_block
+from pbsp.recovery.block import BlockTask, adapt_block, recover_block
 from pbsp.recovery.tunable import Tuning
 from pbsp.unfinished import Unfinished
 from tiny import tiny_model, tiny_tokens
 
 
-def compressed_block(pattern="1:8", name="qwen2"):
+def first_block(name):
+    """A model's first block, and what it shall do."""
     model = tiny_model(name)
     block = decoder_blocks(model)[0]
     walk = Walk(model, decoder_blocks(model), tiny_tokens(10, 24))
     targets = [walk.replay(0, block.module, hidden) for hidden in walk.hidden]
+    return model, block, BlockTask(partial(walk.replay, 0, block.module), walk.hidden, targets)
+
+
+def compressed_block(name="qwen2"):
+    """The same, compressed, and the weights that it had."""
+    model, block, task = first_block(name)
     originals = {}
-    for name, module in block.linears().items():
+    for layer, module in block.linears().items():
         weight = linear_weight(module).float()
-        originals[name.removeprefix(f"{block.name}.")] = weight
-        fit = PlaneFit(parse_patterns(pattern), sweeps=1).compress(weight, torch.eye(weight.shape[1]))
-        replace_module(model, name, PackedLinear.of(fit, module.bias))
-    run = partial(walk.replay, 0, block.module)
-    return partial(recover_block, block.name, block.module, run, walk.hidden, targets, originals=originals)
-
-
-def error(run, inputs, targets):
-    pairs = [(run(hidden), target) for hidden, target in zip(inputs, targets, strict=True)]
-    return sum(float(((a - b).square().sum(-1) / b.square().sum(-1)).mean()) for a, b in pairs) / len(pairs)
+        originals[layer.removeprefix(f"{block.name}.")] = weight
+        fit = PlaneFit(parse_patterns("1:8"), sweeps=1).compress(weight, torch.eye(weight.shape[1]))
+        replace_module(model, layer, PackedLinear.of(fit, module.bias))
+    return block.module, task, originals
 
 
 def forms(module):
     return {name: m.packed.form for name, m in module.named_modules() if isinstance(m, PackedLinear)}
 
 
+def test_the_loss_is_relative_to_each_tokens_length():
+    targets = [torch.tensor([[[1.0, 0.0], [0.0, 100.0]]])] * 9
+    task = BlockTask(lambda hidden: hidden + torch.tensor([0.5, 0.0]), targets, targets)
+    assert task.held_out() == pytest.approx((0.25 + 0.25 / 100**2) / 2)
+    assert task.train == range(8)
+
+
 @pytest.mark.parametrize("code_rate", [0.0, 1e-2])
 @pytest.mark.parametrize("name", ["qwen2", "gpt2"])
 @torch.no_grad()
 def test_recovery_lowers_the_error_and_keeps_the_bits(name, code_rate):
-    recover = compressed_block(name=name)
-    _, block, run, inputs, targets = recover.args
-    sizes, before = forms(block), error(run, inputs[-1:], targets[-1:])
-    found = recover(tuning=Tuning(epochs=6, rate=2e-2, code_rate=code_rate))
-    assert found.before == pytest.approx(before, rel=1e-4)
-    assert found.after == pytest.approx(error(run, inputs[-1:], targets[-1:]), rel=1e-4)
-    assert found.after < 0.9 * found.before
-    assert found.steps == 6 * 9
+    block, task, originals = compressed_block(name)
+    sizes = forms(block)
+    tuning = Tuning(epochs=6, rate=2e-2, code_rate=code_rate)
+    first = task.held_out()
+    before, after, steps = recover_block(block, task, originals=originals, tuning=tuning)
+    assert before == pytest.approx(first, rel=1e-4)
+    assert after == pytest.approx(task.held_out(), rel=1e-4)
+    assert after < 0.9 * before
+    assert steps == 6 * 9
     assert forms(block) == sizes
     assert not any(parameter.grad is not None for parameter in block.parameters())
 
@@ -63,10 +72,9 @@ def test_recovery_lowers_the_error_and_keeps_the_bits(name, code_rate):
 def test_codes_change_where_they_are_tuned_and_nowhere_else():
     changed = {}
     for rate in (0.0, 3e-2):
-        recover = compressed_block()
-        block = recover.args[1]
+        block, task, originals = compressed_block()
         before = {name: m.packed.unpack().keep for name, m in block.named_modules() if name in forms(block)}
-        recover(tuning=Tuning(epochs=2, rate=2e-2, code_rate=rate))
+        recover_block(block, task, originals=originals, tuning=Tuning(2, 2e-2, rate))
         after = {name: block.get_submodule(name).packed.unpack().keep for name in before}
         changed[rate] = any(not torch.equal(after[name], before[name]) for name in before)
     assert changed == {0.0: False, 3e-2: True}
@@ -74,13 +82,27 @@ def test_codes_change_where_they_are_tuned_and_nowhere_else():
 
 @torch.no_grad()
 def test_recovery_never_ends_worse():
-    recover = compressed_block()
-    block = recover.args[1]
+    block, task, originals = compressed_block()
     state = {name: tensor.clone() for name, tensor in block.state_dict().items()}
-    found = recover(tuning=Tuning(epochs=1, rate=100.0, code_rate=100.0))
-    assert found.after == found.before
+    before, after, _ = recover_block(block, task, originals=originals, tuning=Tuning(1, 100.0, 100.0))
+    assert after == before
     for name, tensor in block.state_dict().items():
         assert torch.equal(tensor, state[name]), name
+
+
+@torch.no_grad()
+def test_an_uncompressed_block_is_adapted_to_other_inputs():
+    _, block, task = first_block("qwen2")
+    block.module.input_layernorm.weight.mul_(3)  # which the projections behind it can make up for
+    weights = {name: module.weight for name, module in block.linears().items()}
+    wanted = {name: weight.requires_grad for name, weight in weights.items()}
+    before, after = adapt_block(weights, task, Tuning(4, 1e-2, 0.0))
+    assert after == pytest.approx(task.held_out(), rel=1e-4)
+    assert after < 0.9 * before
+    assert {name: weight.requires_grad for name, weight in weights.items()} == wanted
+    unchanged = {name: weight.clone() for name, weight in weights.items()}
+    assert adapt_block(weights, task, Tuning(1, 100.0, 0.0)) == (pytest.approx(after), pytest.approx(after))
+    assert all(torch.equal(weights[name], unchanged[name]) for name in weights)
 
 
 def windows():
@@ -98,7 +120,7 @@ def test_a_recovered_model_saves_resumes_and_is_as_large(name, tmp_path):
     assert len(folders["none"]) == len(folders["block"])
     assert len(report.recovered) == 2
     assert all(one.after <= one.before for one in report.recovered)
-    assert name == "llama" or all(one.after < one.before for one in report.recovered)
+    assert name != "gpt2" or any(one.after < one.before for one in report.recovered)
 
     class Stopped(Exception):  # noqa: N818
         pass

@@ -7,76 +7,120 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from pbsp.recovery.tunable import Tuning, tunable
+from pbsp.recovery.tunable import Tunable, Tuning, tunable
 
+ADAPTING = Tuning(epochs=2, rate=4e-4, code_rate=0.0)
 BLOCK_TUNING = Tuning(epochs=4, rate=2e-2, code_rate=1e-2)
 _HELD_OUT = 8  # one window in so many, the last ones, judges and is not trained on
 
 
 @dataclass(frozen=True)
 class BlockRecovery:
-    """What tuning one block did.
+    """What tuning one block did, in relative squared errors of its output on held-out windows.
 
     Attributes:
-        before, after: relative squared error of the block's output on held-out windows, a mean over tokens.
-        steps: updates made; those after the best state are not kept.
+        inherited: of the uncompressed block, on what its compressed predecessors give; None where its
+            weights were not tuned.
+        adapted: of the same, its weights tuned to that.
+        before, after: of the compressed block.
+        steps: updates made to it; those after the best state are not kept.
     """
 
     name: str
+    inherited: float | None
+    adapted: float | None
     before: float
     after: float
     steps: int
 
 
-def recover_block(
-    name: str,
-    block: nn.Module,
-    run: Callable[[Tensor], Tensor],
-    inputs: Sequence[Float[Tensor, "1 tokens features"]],
-    targets: Sequence[Float[Tensor, "1 tokens features"]],
-    tuning: Tuning,
-    *,
-    originals: Mapping[str, Tensor],
-) -> BlockRecovery:
-    """Tune the block's planes, norms and biases in place; it never ends worse than it began.
+class BlockTask:
+    """What a block shall do: from every window's inputs, behind compressed blocks, to its target.
 
-    The loss is |output − target|² / |target|² of every token: a few tokens have hidden states a thousand
-    times as long as the others, and must not decide alone. Windows come one at a time, in order; the state
-    that is best on the held-out windows is kept.
+    The loss is |output − target|² / |target|² of every token, their mean: a few tokens have hidden states a
+    thousand times as long as the others, and must not decide alone.
 
     Args:
-        block: compressed; its packed linears of layout `planes` are tuned, and all vectors.
-        run: calls the block on one window's hidden states.
-        inputs: each window's, behind compressed blocks.
+        run: calls the block, as it is at the time, on one window's hidden states.
+        inputs: each window's.
         targets: what the original block makes of the original's hidden states.
-        tuning: see `Tuning`.
-        originals: weights of the block's linears, by name in the block; for tuning codes.
     """
-    held = max(1, len(inputs) // _HELD_OUT)
-    train = range(len(inputs) - held) if len(inputs) > held else range(len(inputs))
-    judge = range(len(inputs) - held, len(inputs))
 
-    def held_out() -> float:
-        with torch.no_grad():
-            return sum(float(_loss(run(inputs[index]), targets[index])) for index in judge) / held
+    def __init__(
+        self,
+        run: Callable[[Tensor], Tensor],
+        inputs: Sequence[Float[Tensor, "1 tokens features"]],
+        targets: Sequence[Float[Tensor, "1 tokens features"]],
+    ) -> None:
+        self._run, self._inputs, self._targets = run, inputs, targets
+        self._held = max(1, len(inputs) // _HELD_OUT)
+        self.train = range(len(inputs) - self._held) if len(inputs) > self._held else range(len(inputs))
 
-    steps = tuning.epochs * len(train)
-    with tunable(block, tuning, steps=steps, originals=originals) as chosen:
-        before = best = held_out()
+    @torch.no_grad()
+    def held_out(self) -> float:
+        """The loss on the windows that are not trained on."""
+        judge = range(len(self._inputs) - self._held, len(self._inputs))
+        return sum(float(self._loss(window)) for window in judge) / self._held
+
+    def tune(self, chosen: Tunable, epochs: int) -> tuple[float, float]:
+        """Windows come one at a time, in order; the state that is best on the held-out ones is kept.
+
+        Returns their loss before and after; it is never worse.
+        """
+        before = best = self.held_out()
         kept = chosen.values()
-        for _ in range(tuning.epochs):
-            for index in train:
+        for _ in range(epochs):
+            for window in self.train:
                 with torch.enable_grad():
-                    _loss(run(inputs[index]), targets[index]).backward(inputs=chosen.leaves())
+                    self._loss(window).backward(inputs=chosen.leaves())
                 chosen.step()
-            now = held_out()
+            now = self.held_out()
             if now < best:
                 best, kept = now, chosen.values()
         chosen.restore(kept)
-    return BlockRecovery(name, before, best, steps)
+        return before, best
+
+    def _loss(self, window: int) -> Tensor:
+        output, target = self._run(self._inputs[window]).float(), self._targets[window].float()
+        errors = (output - target).square().sum(-1)
+        return (errors / target.square().sum(-1).clamp_min(1e-30)).mean()
 
 
-def _loss(output: Tensor, target: Tensor) -> Tensor:
-    """Mean over tokens of the squared error relative to the token's own length."""
-    errors = (output.float() - target.float()).square().sum(-1)
-    return (errors / target.float().square().sum(-1).clamp_min(1e-30)).mean()
+def adapt_block(
+    weights: Mapping[str, nn.Parameter], task: BlockTask, tuning: Tuning = ADAPTING
+) -> tuple[float, float]:
+    """Tune an uncompressed block's linears, in place, to the inputs that its compressed predecessors give.
+
+    What is compressed afterwards then makes up for a part of their errors.
+
+    Returns the held-out loss before and after.
+
+    Source: "error propagation mitigation" of NanoQuant (arXiv 2602.06694).
+    """
+    parameters = list(weights.values())
+    chosen = Tunable([], parameters, tuning, tuning.epochs * len(task.train))
+    wanted = [parameter.requires_grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    try:
+        return task.tune(chosen, tuning.epochs)
+    finally:
+        for parameter, before in zip(parameters, wanted, strict=True):
+            parameter.requires_grad_(before)
+            parameter.grad = None
+
+
+def recover_block(
+    block: nn.Module, task: BlockTask, *, originals: Mapping[str, Tensor], tuning: Tuning = BLOCK_TUNING
+) -> tuple[float, float, int]:
+    """Tune a compressed block's planes, norms and biases in place; it never ends worse than it began.
+
+    Args:
+        block: its packed linears of layout `planes` are tuned, and all vectors.
+        originals: weights of the block's linears, by name in the block; for tuning codes.
+
+    Returns the held-out loss before and after, and the steps made.
+    """
+    steps = tuning.epochs * len(task.train)
+    with tunable(block, tuning, steps=steps, originals=originals) as chosen:
+        return *task.tune(chosen, tuning.epochs), steps
