@@ -118,8 +118,9 @@ class CompressionReport:
         source: the model that was compressed.
         source_bytes: size of its weight files; 0 where that is not known.
         calibration: what the moments were measured on (`Windows.describe`).
+        processes: how many shared the work.
         seconds: wall time by stage.
-        peak_rss_bytes: of the process, at the end of the run.
+        peak_rss_bytes: of the process, at the end of the run; of several processes each has its own.
     """
 
     nominal_bits: float
@@ -136,6 +137,7 @@ class CompressionReport:
     source: str
     source_bytes: int
     calibration: dict[str, Any]
+    processes: int
     seconds: dict[str, float]
     peak_rss_bytes: int
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from pbsp.calibration.attention import QUERY_ROWS, ValueMoments
 from pbsp.calibration.walk import Walk
+from pbsp.distributed import ALONE, Ranks
 from pbsp.errors import CalibrationError
 from pbsp.models.blocks import Block, linear_weight
 
@@ -44,6 +46,23 @@ class Moment:
         self._total.addmm_(weighted.T, rows)
         self.tokens += len(rows)
 
+    def copy(self) -> "Moment":
+        """One with the same sum, which what is added to this one does not change."""
+        copied = Moment()
+        copied.tokens, copied._total = self.tokens, None if self._total is None else self._total.clone()
+        return copied
+
+    def add_ranks(self, ranks: Ranks, *, tokens: int, zero: Callable[[], Float[Tensor, "in in"]]) -> None:
+        """Make this the sum over all ranks, which call it together.
+
+        Args:
+            ranks: the processes that each have a part of the tokens.
+            tokens: that all of them have.
+            zero: makes the sum of a rank that has none.
+        """
+        self._total = ranks.add(zero() if self._total is None else self._total)
+        self.tokens = tokens
+
     def mean(self) -> Float[Tensor, "in in"]:
         """Σ x xᵀ / tokens, symmetric."""
         assert self._total is not None
@@ -55,6 +74,7 @@ def collect_moments(
     run: Callable[[], None],
     *,
     weights: Mapping[str, Float[Tensor, "tokens"]] | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Tensor]:
     """The input moment of every linear that `run` calls, by name, in the order of the first calls.
 
@@ -64,6 +84,7 @@ def collect_moments(
     Args:
         weights: of all tokens that the linear will be called on, in their order; where a linear has none,
             they count alike.
+        ranks: processes that each `run` a part of the windows; the moments are those of all.
 
     Raises:
         CalibrationError: a moment is not finite; names the layer.
@@ -90,11 +111,42 @@ def collect_moments(
         for name, module in linears.items():
             hooks.enter_context(module.register_forward_pre_hook(hook(name)))
         run()
+    moments = _over_ranks(moments, linears, ranks)
     means = {id(moment): moment.mean() for moment in moments.values()}
     for name, moment in moments.items():
         if not bool(torch.isfinite(means[id(moment)]).all()):
             raise CalibrationError(f"{name}: its inputs are NaN or infinite on the calibration text")
     return {name: means[id(moment)] for name, moment in moments.items()}
+
+
+def _over_ranks(moments: dict[str, Moment], linears: dict[str, nn.Module], ranks: Ranks) -> dict[str, Moment]:
+    """The sums over all ranks, the same objects for the same linears on all of them.
+
+    A linear may be called on some ranks only, as an expert is. Linears share a moment if every rank says so.
+    """
+    found = ranks.gather({name: (id(moment), moment.tokens) for name, moment in moments.items()})
+    names = dict.fromkeys(name for one in found for name in one)
+    sharing = {name: tuple(one.get(name, (None, 0))[0] for one in found) for name in names}
+    sharers: dict[int, tuple[int | None, ...]] = {}
+    for name, moment in moments.items():
+        if sharers.setdefault(id(moment), sharing[name]) != sharing[name]:
+            moments[name] = moment.copy()
+    merged: dict[tuple[int | None, ...], Moment] = {}
+    for name in names:
+        if sharing[name] in merged:
+            continue
+        merged[sharing[name]] = moments.get(name, Moment())
+        merged[sharing[name]].add_ranks(
+            ranks,
+            tokens=sum(one[name][1] for one in found if name in one),
+            zero=partial(_no_sum, linears[name]),
+        )
+    return {name: merged[sharing[name]] for name in names}
+
+
+def _no_sum(linear: nn.Module) -> Float[Tensor, "in in"]:
+    weight = linear_weight(linear)
+    return torch.zeros(weight.shape[1], weight.shape[1], device=weight.device)
 
 
 @dataclass(frozen=True)
@@ -146,6 +198,7 @@ def collect_block_moments(
     keep: bool,
     query_rows: int = QUERY_ROWS,
     seed: int = 0,
+    ranks: Ranks = ALONE,
 ) -> BlockMoments:
     """Run block `index` of the walk on all windows and gather the moments of `linears`, named in full.
 
@@ -162,18 +215,23 @@ def collect_block_moments(
         keep: the outputs become the next block's inputs.
         query_rows: see `ValueMoments`.
         seed: of the choice of query rows.
+        ranks: processes whose walks have the windows of all in parts, in order; the moments are those of all.
 
     Raises:
         CalibrationError: a moment is not finite; names the layer.
     """
+    before = sum(ranks.gather(len(walk.hidden))[: ranks.rank])  # windows of earlier ranks
     if weighting != "attention":
-        chosen = weights if weighting == "gradient" else None
+        chosen = weights if weighting == "gradient" and weights else {}
+        tokens = before * walk.hidden[0].shape[1]
+        chosen = {name: found[tokens:] for name, found in chosen.items()}
         run = lambda: walk.run(index, block.module, keep=keep)  # noqa: E731
-        plain = collect_moments(linears, run, weights=chosen)
+        plain = collect_moments(linears, run, weights=chosen, ranks=ranks)
         return BlockMoments({name: _plain(linears[name], moment) for name, moment in plain.items()}, {})
-    values = ValueMoments(block, query_rows=query_rows, seed=seed)
+    values = ValueMoments(block, query_rows=query_rows, seed=seed, skipped=before)
     with values.watching():
-        plain = collect_moments(linears, lambda: walk.run(index, block.module, keep=keep))
+        plain = collect_moments(linears, lambda: walk.run(index, block.module, keep=keep), ranks=ranks)
+    values.add_ranks(ranks)
     inputs = {name: _plain(linears[name], moment) for name, moment in plain.items()}
     if values.reason or values.heads is None:
         name = values.heads.name if values.heads else values.watched
