@@ -33,7 +33,7 @@ class Ranks:
     Attributes:
         rank: 0 to size − 1; the first alone talks to the user and writes files.
         size: how many there are.
-        device: where tensors of others are put.
+        device: where others' tensors are put that are not on the CPU.
     """
 
     rank: int = 0
@@ -191,7 +191,10 @@ def _written(value: Any) -> bytes:
 
 
 def _read(written: bytes, device: str) -> Any:
-    return torch.load(io.BytesIO(written), map_location=device, weights_only=False)
+    def own(storage: torch.UntypedStorage, location: str) -> torch.UntypedStorage:
+        return storage if location == "cpu" else storage.cuda(torch.device(device).index)
+
+    return torch.load(io.BytesIO(written), map_location=own, weights_only=False)
 
 
 def _send(tensor: Tensor, target: int) -> None:
