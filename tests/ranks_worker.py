@@ -77,24 +77,30 @@ def differences(case, ranks):
     }
 
 
-def resumed(folder, ranks):
-    """Stopped before the second block and gone on with, by all processes."""
+def kept_run(folder, ranks, *, stop):
+    """A compression kept in a folder, ended early before the second block if it is to `stop`."""
 
     def progress(stage, done, total):
-        if stage == "compress" and done == 1:
+        if stop and stage == "compress" and done == 1:
             raise Stopped
 
-    for stop in (progress, None):
-        model, kept = tiny_model(), Unfinished(folder / "kept") if ranks.first else None
-        with suppress(Stopped):
-            settings = {"corpus": windows(), "progress": stop, "unfinished": kept, "ranks": ranks}
-            report = pbsp.compress(model, None, pbsp.Config(pattern="4:8"), **settings)
-        del kept
+    model = tiny_model()
+    settings = {"corpus": windows(), "progress": progress, "ranks": ranks}
+    kept = Unfinished(folder / "kept") if ranks.first else None
+    report = pbsp.compress(model, None, pbsp.Config(pattern="4:8"), unfinished=kept, **settings)
     if ranks.first:
         save_compressed(model, None, folder / "resumed", report)
-        lone = tiny_model()
-        report = pbsp.compress(lone, None, pbsp.Config(pattern="4:8"), corpus=windows())
-        save_compressed(lone, None, folder / "alone", report)
+
+
+def resumed(folder, ranks):
+    """Stopped and gone on with by all processes; beside it, what one makes alone."""
+    with suppress(Stopped):
+        kept_run(folder, ranks, stop=True)
+    kept_run(folder, ranks, stop=False)
+    if ranks.first:
+        model = tiny_model()
+        report = pbsp.compress(model, None, pbsp.Config(pattern="4:8"), corpus=windows())
+        save_compressed(model, None, folder / "alone", report)
 
 
 @torch.no_grad()
@@ -116,7 +122,8 @@ def attended(ranks):
             ranks=some,
         )
         assert not moments.plain_because
-        found.append(torch.stack([part.moment for one in moments.inputs.values() for part in one.parts]))
+        parts = moments.inputs[f"{blocks[0].name}.self_attn.v_proj"].parts
+        found.append(torch.stack([part.moment for part in parts]))
     return float((found[0] - found[1]).norm() / found[1].norm())
 
 
@@ -147,11 +154,11 @@ def exchanged(ranks):
 def main():
     folder = Path(sys.argv[1])
     with joined("cpu") as ranks:
-        found = {case: differences(case, ranks) for case in CASES}
-        resumed(folder, ranks)
-        found |= {"attended": attended(ranks), "disagreeing": disagreeing(ranks)}
+        found: dict[str, object] = {"attended": attended(ranks), "disagreeing": disagreeing(ranks)}
         found["exchanged"] = all(ranks.gather(exchanged(ranks)))
         found["spread"] = ranks.spread([1, 5, 2, 2], lambda task: task * 10)
+        resumed(folder, ranks)
+        found |= {case: differences(case, ranks) for case in CASES}
         found["same everywhere"] = all(one == found for one in ranks.gather(found))
         if ranks.first:
             (folder / "found.json").write_text(json.dumps(found))
