@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pbsp.calibration.gradients import BackwardWalk
-from pbsp.calibration.moments import Moment
+from pbsp.calibration.moment import Moment
 from pbsp.distributed import ALONE, Ranks
 from pbsp.models.blocks import Block, linear_weight
 
