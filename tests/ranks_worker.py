@@ -132,9 +132,9 @@ def disagreeing(ranks):
     """Why the values cannot be weighted, where only the last process has a reason."""
     model = tiny_model()
     blocks = decoder_blocks(model)
-    values = ValueMoments(blocks[0])
+    walk, values = Walk(model, blocks, tiny_tokens(1)), ValueMoments(blocks[0])
     with values.watching():
-        Walk(model, blocks, tiny_tokens(1)).run(0, blocks[0].module, keep=False)
+        walk.run(0, blocks[0].module, keep=False)
     if ranks.rank == ranks.size - 1:
         values.reason = "it cannot"
     values.add_ranks(ranks)
