@@ -18,8 +18,10 @@ ALLOWED = {
     "kernels": {"errors", "pruning", "binarization", "quantization", "storage"},
     "packed_linear": {"errors", "pruning", "binarization", "storage", "kernels"},
     "models": {"errors"},
-    "calibration": {"errors", "models", "pruning"},
-    "allocation": {"errors", "models", "pruning", "storage", "methods", "calibration"},
+    "torchrun": {"errors"},
+    "distributed": {"errors", "torchrun"},
+    "calibration": {"errors", "distributed", "models", "pruning"},
+    "allocation": {"errors", "distributed", "models", "pruning", "storage", "methods", "calibration"},
     "evaluation": {"errors", "calibration", "integrations", "resources"},
     "integrations": {
         "errors",

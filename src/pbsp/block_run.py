@@ -14,6 +14,7 @@ from pbsp.calibration.experts import ExpertInputs
 from pbsp.calibration.moments import collect_block_moments
 from pbsp.calibration.walk import Walk
 from pbsp.config import Config
+from pbsp.distributed import ALONE, Ranks
 from pbsp.integrations.modules import packed_entry, replace_module
 from pbsp.models.blocks import Block, linear_weight
 from pbsp.packed_linear import PackedLinear
@@ -21,10 +22,11 @@ from pbsp.planning import Planned
 from pbsp.pruning.pattern import format_patterns
 from pbsp.recovery.block import BlockRecovery, BlockTask, adapt_block, recover_block
 from pbsp.report import LayerReport
+from pbsp.shared_unfinished import SharedUnfinished
 from pbsp.solving import solve_linears
 from pbsp.storage.checkpoint import LayerEntry
 from pbsp.storage.layouts import Representation, is_packable
-from pbsp.unfinished import FinishedBlock, Unfinished
+from pbsp.unfinished import FinishedBlock
 
 Progress = Callable[[str, int, int], None]
 """Called with a stage's name, the steps done and the steps in all."""
@@ -43,7 +45,8 @@ class BlockRun:
     plain_because: dict[str, str] = field(default_factory=dict)
     uncalibrated: dict[str, str] = field(default_factory=dict)
     packed: bool = True
-    unfinished: Unfinished | None = None
+    unfinished: SharedUnfinished | None = None
+    ranks: Ranks = ALONE
     solved: dict[str, tuple[Representation, float]] = field(default_factory=dict)  # of shared weights
     recovered: list[BlockRecovery] = field(default_factory=list)
     originals: list[Tensor] = field(
@@ -51,9 +54,14 @@ class BlockRun:
     )  # the original's hidden states, where they are needed
 
     def compress_blocks(self, tokens: Tensor) -> Iterator[LayerReport]:
-        """Measure, solve and replace block after block, each behind its compressed predecessors."""
+        """Measure, solve and replace block after block, each behind its compressed predecessors.
+
+        Args:
+            tokens: the windows of all ranks.
+        """
+        own = self.ranks.part(len(tokens))
         with timed(self.seconds, "calibrate"):
-            walk = Walk(self.model, self.blocks, tokens)
+            walk = Walk(self.model, self.blocks, tokens[own.start : own.stop])
         if self.config.recovers_blocks:
             self.originals = list(walk.hidden)
         done = self._restored(walk)
@@ -61,13 +69,13 @@ class BlockRun:
             yield from layers
         for index in range(len(done), len(self.blocks)):
             self.tell("compress", index, len(self.blocks))
-            layers = self._compress_block(walk, index)
+            layers = self._compress_block(walk, index, windows=len(tokens))
             if self.unfinished:
                 self.unfinished.keep(index, self._finished(index, layers), walk.hidden + self.originals)
             yield from layers
         self.tell("compress", len(self.blocks), len(self.blocks))
 
-    def _compress_block(self, walk: Walk, index: int) -> list[LayerReport]:
+    def _compress_block(self, walk: Walk, index: int, *, windows: int) -> list[LayerReport]:
         """The reports of one block's layers, which are replaced; the walk then stands behind it."""
         block = self.blocks[index]
         original_inputs = self.config.inputs == "original"
@@ -80,7 +88,7 @@ class BlockRun:
         with timed(self.seconds, "recover"):
             adapted = self._adapt(linears, task)
         with timed(self.seconds, "calibrate"):
-            experts = ExpertInputs(block, windows=len(walk.hidden))
+            experts = ExpertInputs(block, windows=windows)
             with experts.watching():
                 moments = collect_block_moments(
                     walk,
@@ -90,12 +98,14 @@ class BlockRun:
                     weighting=self.config.moment_weighting,
                     weights=self.planned.token_weights,
                     keep=original_inputs,
+                    ranks=self.ranks,
                 )
-            stand_ins = experts.stand_ins(linears, moments.inputs)
+            stand_ins = experts.stand_ins(linears, moments.inputs, ranks=self.ranks)
             self.plain_because |= moments.plain_because
             self.uncalibrated |= stand_ins.reasons
         with timed(self.seconds, "solve"):
-            solved = solve_linears(linears, moments.inputs | stand_ins.inputs, self.planned.plan, self.config)
+            inputs = moments.inputs | stand_ins.inputs
+            solved = solve_linears(linears, inputs, self.planned.plan, self.config, ranks=self.ranks)
             shared = self.planned.plan.same_as.values()
             self.solved |= {name: result for name, result in solved.items() if name in shared}
             solved |= self.solved

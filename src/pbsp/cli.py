@@ -7,6 +7,7 @@ import typer
 from typer.exceptions import TyperException
 
 from pbsp.errors import PbspError
+from pbsp.torchrun import check_command, speaks, watch_end
 
 app = typer.Typer(
     name="pbsp",
@@ -29,6 +30,8 @@ def main(arguments: list[str] | None = None) -> None:
     command = typer.main.get_command(app)
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
+        check_command(arguments)
+        watch_end()
         code = command.main(arguments or ["--help"], prog_name="pbsp", standalone_mode=False)
     except PbspError as error:
         code = _fail(str(error))
@@ -36,13 +39,14 @@ def main(arguments: list[str] | None = None) -> None:
         context = getattr(error, "ctx", None)  # only usage errors know which command was meant
         command_path = context.command_path if context else "pbsp"
         code = _fail(f"{error.format_message().rstrip('.')}; see {command_path} --help")
-    if code == _INTERRUPTED:  # typer's code for Ctrl-C, about which it says nothing
+    if code == _INTERRUPTED and speaks():  # typer's code for Ctrl-C, about which it says nothing
         print("pbsp: interrupted; no half-written output is left", file=sys.stderr)
     sys.exit(code or 0)
 
 
 def _fail(message: str) -> int:
-    print(f"pbsp: {' '.join(message.split())}", file=sys.stderr)
+    if speaks():
+        print(f"pbsp: {' '.join(message.split())}", file=sys.stderr, flush=True)
     return 2
 
 

@@ -2,14 +2,16 @@
 
 import dataclasses
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from pbsp.allocation.planfile import plan_text, read_plan
 from pbsp.calibration.corpus import SELF, Corpus, check_text
-from pbsp.compress import compress
+from pbsp.compress import check_ranks, compress
 from pbsp.config import Config, read_config_file, with_settings
 from pbsp.console import bars, parse_size, print_json, print_tables
+from pbsp.distributed import device_of_rank, joined
 from pbsp.errors import ConfigError, OutputError
 from pbsp.generation import check_request, generate
 from pbsp.inspection import Inspection, inspect_folder
@@ -17,6 +19,7 @@ from pbsp.methods.table import packs
 from pbsp.models.gguf import BUILTIN
 from pbsp.models.load import LoadedModel, load_model
 from pbsp.preview import preview
+from pbsp.report import CompressionReport
 from pbsp.resources import peak_rss_bytes
 from pbsp.save import check_target, save_compressed
 from pbsp.tables import bytes_table, layer_table, preview_table, summary_table
@@ -50,26 +53,36 @@ def run_compress(
             "measure it with pbsp compare"
         )
     corpus = calibration_corpus(source, {**filed_text, **text})
-    check_text(corpus.name)
-    if not dry_run:
-        if output is None:
-            raise ConfigError("Missing option '--output': name a folder to write, or see --dry-run")
-        check_target(Path(output), source=source, overwrite=overwrite)
-        kept = unfinished_of(output)
-        if kept.exists() and not resume:
-            raise OutputError(f"{kept} holds an unfinished compression; go on with --resume, or delete it")
-        if resume and not kept.exists():
-            raise OutputError(f"there is nothing to resume: {kept} does not exist")
-    loaded = load_model(source, device=device)
-    config = config.for_source(loaded.source_dtype)
-    if output is None or dry_run:
-        _dry_run(loaded, config, corpus, json=json)
+    device = device_of_rank(device)
+    with joined(device) as ranks:
+        check_ranks(config, corpus.samples, ranks)
+        if dry_run and ranks.size > 1:
+            raise ConfigError("a dry run is of one process: start it without torchrun")
+        if ranks.first:
+            check_text(corpus.name)
+            if not dry_run:
+                check_folders(source, output, overwrite=overwrite, resume=resume)
+        loaded = ranks.after_first(lambda: load_model(source, device=device))
+        config = config.for_source(loaded.source_dtype)
+        if output is None or dry_run:
+            _dry_run(loaded, config, corpus, json=json)
+            return
+        unfinished = Unfinished(unfinished_of(output)) if ranks.first else None
+        with (
+            unfinished.cleared_if_empty() if unfinished else nullcontext(),
+            bars(shown=ranks.first) as progress,
+        ):
+            report = compress(
+                loaded.model,
+                loaded.tokenizer,
+                config,
+                corpus=corpus,
+                progress=progress,
+                unfinished=unfinished,
+                ranks=ranks,
+            )
+    if unfinished is None:
         return
-    unfinished = Unfinished(unfinished_of(output))
-    with unfinished.cleared_if_empty(), bars() as progress:
-        report = compress(
-            loaded.model, loaded.tokenizer, config, corpus=corpus, progress=progress, unfinished=unfinished
-        )
     report = dataclasses.replace(
         report,
         source=source,
@@ -80,23 +93,36 @@ def run_compress(
     save_compressed(loaded.model, loaded.tokenizer, output, report, overwrite=overwrite)
     unfinished.remove()
     seconds = {**report.seconds, "save": time.perf_counter() - start}
-    found = inspect_folder(Path(output))
+    report = dataclasses.replace(report, seconds=seconds, peak_rss_bytes=peak_rss_bytes())
+    _print_compressed(report, inspect_folder(Path(output)), output, json=json)
+
+
+def check_folders(
+    source: str, output: str | None, *, overwrite: bool, resume: bool, work: str = "compression"
+) -> None:
+    """Refuse an output folder that cannot be written, or an unfinished run that --resume does not go with."""
+    if output is None:
+        raise ConfigError("Missing option '--output': name a folder to write, or see --dry-run")
+    check_target(Path(output), source=source, overwrite=overwrite)
+    kept = unfinished_of(output)
+    if kept.exists() and not resume:
+        raise OutputError(f"{kept} holds an unfinished {work}; go on with --resume, or delete it")
+    if resume and not kept.exists():
+        raise OutputError(f"there is nothing to resume: {kept} does not exist")
+
+
+def _print_compressed(report: CompressionReport, found: Inspection, output: str, *, json: bool) -> None:
     if json:
-        values = {
-            **report.to_dict(),
-            **found.to_dict(),
-            "seconds": seconds,
-            "peak_rss_bytes": peak_rss_bytes(),
-        }
-        print_json(values)
+        print_json({**report.to_dict(), **found.to_dict(), "seconds": report.seconds})
         return
     print_tables(summary_table(found))
     print(calibrated_on(report.calibration))
     _print_left(found)
     for name, reason in report.uncalibrated.items():
         print(f"without a calibration of its own: {name}: {reason}")
-    spent = ", ".join(f"{stage} {value:.1f} s" for stage, value in seconds.items() if value >= 0.05)
-    print(f"{spent}; peak memory {peak_rss_bytes() / 1e9:.2f} GB; written to {output}")
+    spent = ", ".join(f"{stage} {value:.1f} s" for stage, value in report.seconds.items() if value >= 0.05)
+    several = f" of the first of {report.processes} processes" if report.processes > 1 else ""
+    print(f"{spent}; peak memory{several} {report.peak_rss_bytes / 1e9:.2f} GB; written to {output}")
 
 
 def unfinished_of(output: str) -> Path:

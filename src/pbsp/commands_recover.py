@@ -7,15 +7,15 @@ from typing import Any
 import torch
 
 from pbsp.calibration.corpus import check_text
-from pbsp.commands import calibrated_on, calibration_corpus, unfinished_of
+from pbsp.commands import calibrated_on, calibration_corpus, check_folders, unfinished_of
 from pbsp.console import bars, print_json, print_tables
-from pbsp.errors import FormatError, OutputError
+from pbsp.errors import FormatError
 from pbsp.inspection import inspect_folder, recorded_report
 from pbsp.models.load import load_model
 from pbsp.recover import recover
 from pbsp.recovery.tunable import Tuning
 from pbsp.report import CompressionReport
-from pbsp.save import check_target, save_compressed
+from pbsp.save import save_compressed
 from pbsp.tables import summary_table
 from pbsp.unfinished import Unfinished
 
@@ -40,16 +40,11 @@ def run_recover(
     if not recorded:
         raise FormatError(f"{folder} lacks the report that pbsp compress wrote beside the model")
     report = CompressionReport.from_dict(recorded)
-    check_target(Path(output), source=folder, overwrite=overwrite)
-    kept = unfinished_of(output)
-    if kept.exists() and not resume:
-        raise OutputError(f"{kept} holds an unfinished tuning; go on with --resume, or delete it")
-    if resume and not kept.exists():
-        raise OutputError(f"there is nothing to resume: {kept} does not exist")
+    check_folders(folder, output, overwrite=overwrite, resume=resume, work="tuning")
     compressed = load_model(folder, device=device)
     original = load_model(against, device=device)
     dtype = getattr(torch, compressed.source_dtype or "float16")
-    unfinished = Unfinished(kept)
+    unfinished = Unfinished(unfinished_of(output))
     with unfinished.cleared_if_empty(), bars() as progress:
         windows = corpus.windows(original.tokenizer, original.model)
         report = recover(

@@ -12,6 +12,8 @@ from pbsp.block_run import BlockRun, Progress, timed
 from pbsp.calibration.corpus import Corpus
 from pbsp.calibration.windows import Windows
 from pbsp.config import Config
+from pbsp.distributed import ALONE, Ranks
+from pbsp.errors import ConfigError
 from pbsp.integrations.embeddings import pack_embeddings
 from pbsp.integrations.transformers import PbspQuantizationConfig, attach
 from pbsp.models.blocks import decoder_blocks, linear_weight
@@ -21,6 +23,7 @@ from pbsp.planning import Planned, check_request, make_plan
 from pbsp.recovery.model import MODEL_TUNING, recover_model
 from pbsp.report import Bits, CompressionReport
 from pbsp.resources import peak_rss_bytes
+from pbsp.shared_unfinished import SharedUnfinished
 from pbsp.unfinished import Unfinished
 
 
@@ -33,6 +36,7 @@ def compress(
     corpus: Corpus | Windows | None = None,
     progress: Progress | None = None,
     unfinished: Unfinished | None = None,
+    ranks: Ranks = ALONE,
 ) -> CompressionReport:
     """Replace the linear layers of the model's decoder blocks by packed N:M binary planes, in place.
 
@@ -48,10 +52,13 @@ def compress(
             512 tokens sampled from the model.
         progress: told what is done.
         unfinished: where to keep every finished block, and to find those of an earlier run with the same
-            settings, which are not done again; the result is the same. Only with a method that packs.
+            settings, which are not done again; the result is the same. Only with a method that packs. Of
+            several processes the first alone gives it.
+        ranks: processes that share the work. All make this call, and all end with the compressed model.
 
     Raises:
-        ConfigError: the earlier run had other settings (names what differs).
+        ConfigError: the earlier run had other settings (names what differs), or see `check_ranks`.
+        RankError: another process has ended, or was called with something else.
         ModelError: an unsupported architecture, or a NaN or infinite weight (names the layer).
         CorpusError: the text is missing, empty or too short (to tune the model: than two windows).
         PatternError: no layer can take the pattern (`strict`: not every layer).
@@ -68,21 +75,26 @@ def compress(
     dtype = storage_dtype(model, config.dtype)
     with timed(seconds, "sample"):
         if isinstance(corpus, Corpus):
-            corpus = corpus.windows(tokenizer, model, progress=partial(tell, "sample"))
-    kept = None
-    if unfinished:
-        unfinished.claim(_settings(model, config, corpus))
-        kept = unfinished.plan()
+            corpus = ranks.from_first(
+                partial(corpus.windows, tokenizer, model, progress=partial(tell, "sample"))
+            )
+    check_ranks(config, len(corpus), ranks)
+    shared, kept = SharedUnfinished.of(unfinished, ranks), None
+    if shared:
+        shared.claim(_settings(model, config, corpus))
+        kept = shared.plan()
     with timed(seconds, "plan"):
         if kept is None:
-            planned = make_plan(model, blocks, config, corpus.tokens, progress=partial(tell, "plan"))
+            planned = make_plan(
+                model, blocks, config, corpus.tokens, progress=partial(tell, "plan"), ranks=ranks
+            )
         else:
             planned = Planned.from_dict(*kept)
-    if unfinished and kept is None:
-        unfinished.keep_plan(planned.to_dict(), planned.token_weights)
+    if shared and kept is None:
+        shared.keep_plan(planned.to_dict(), planned.token_weights)
     plan = planned.plan
     teacher = copy.deepcopy(model) if config.recovers_model else None
-    run = BlockRun(model, blocks, planned, config, seconds, tell, unfinished=unfinished)
+    run = BlockRun(model, blocks, planned, config, seconds, tell, unfinished=shared, ranks=ranks)
     layers = tuple(run.compress_blocks(corpus.tokens))
     distilled = None
     if teacher is not None:
@@ -117,9 +129,26 @@ def compress(
         source=model.config.name_or_path or "",
         source_bytes=0,
         calibration=corpus.describe(),
+        processes=ranks.size,
         seconds=seconds,
         peak_rss_bytes=peak_rss_bytes(),
     )
+
+
+def check_ranks(config: Config, windows: int, ranks: Ranks) -> None:
+    """Raise ConfigError if the processes cannot share the work: a window each, and no recovery."""
+    if ranks.size == 1:
+        return
+    if config.recover != "none":
+        raise ConfigError(
+            f"recover {config.recover} tunes on one window after the other, in one process; leave it out, or "
+            "start without torchrun"
+        )
+    if windows < ranks.size:
+        raise ConfigError(
+            f"{ranks.size} processes cannot share {windows} calibration windows; start at most {windows}, or "
+            "give more text and --samples"
+        )
 
 
 def _settings(model: PreTrainedModel, config: Config, windows: Windows) -> dict[str, str]:

@@ -40,9 +40,9 @@ def parse_size(text: str) -> int:
 
 
 @contextmanager
-def bars() -> Iterator[Any]:
-    """A progress callback (stage, done, total) that draws a bar with an ETA on stderr per stage."""
-    with new_bars() as drawn:
+def bars(*, shown: bool = True) -> Iterator[Any]:
+    """A progress callback (stage, done, total) that draws a bar per stage on stderr; none unless `shown`."""
+    with new_bars(shown=shown) as drawn:
         tasks: dict[str, Any] = {}
 
         def progress(stage: str, done: int, total: int) -> None:
@@ -53,11 +53,12 @@ def bars() -> Iterator[Any]:
         yield progress
 
 
-def new_bars(*, memory_seconds: float = 30.0) -> Progress:
+def new_bars(*, memory_seconds: float = 30.0, shown: bool = True) -> Progress:
     """Bars with an ETA on stderr, nothing where that is no terminal.
 
     Args:
         memory_seconds: how far back the speed is looked at.
+        shown: False for nothing, also on a terminal.
     """
     columns = (
         TextColumn("{task.description}"),
@@ -68,9 +69,8 @@ def new_bars(*, memory_seconds: float = 30.0) -> Progress:
         TimeRemainingColumn(),
     )
     console = Console(stderr=True)
-    return Progress(
-        *columns, console=console, disable=not console.is_terminal, speed_estimate_period=memory_seconds
-    )
+    hidden = not (shown and console.is_terminal)
+    return Progress(*columns, console=console, disable=hidden, speed_estimate_period=memory_seconds)
 
 
 def print_tables(*tables: Table) -> None:

@@ -31,3 +31,7 @@ class ConfigError(PbspError):
 
 class OutputError(PbspError):
     """The result cannot be written where it was asked for."""
+
+
+class RankError(PbspError):
+    """Another process of the same run has ended, or was started differently."""

@@ -17,6 +17,7 @@ from pbsp.allocation.planfile import plan_of
 from pbsp.calibration.importance import block_cosines, outlier_ratios
 from pbsp.calibration.sensitivity import gradient_lengths, token_weights
 from pbsp.config import Config
+from pbsp.distributed import ALONE, Ranks
 from pbsp.errors import ConfigError
 from pbsp.integrations.embeddings import packable_embeddings
 from pbsp.methods.planes import PlaneFit
@@ -87,32 +88,42 @@ def make_plan(
     tokens: Int64[Tensor, "windows context"],
     *,
     progress: Callable[[int, int], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> Planned:
     """The planes of every linear layer.
 
     Args:
         tokens: calibration windows; only some allocations look at them.
         progress: told the steps done, and all, of those that do.
+        ranks: processes that share the windows; the first chooses, and the plan is the same on all.
 
     Raises:
         ConfigError: a budget is too small, or a plan does not fit the model.
         PatternError: patterns do not tile the rows.
         CalibrationError, ModelError: see `measure_costs`.
     """
-    costs = None
-    groups = list(tokens.split(MEASURED_WINDOWS)) if config.moment_weighting == "gradient" else []
-    parts = len(groups) or 1
+    measured = MEASURED_WINDOWS if config.budgeted else 0
+    weighted = config.moment_weighting == "gradient"
+    rest = tokens[measured:] if weighted else tokens[:0]
+    own = ranks.part(len(rest))
+    groups = [group for group in rest[own.start : own.stop].split(MEASURED_WINDOWS) if len(group)]
+    parts = len(groups) + bool(measured)
     steps = [_step(progress, part, parts) for part in range(parts)]
-    lengths = []
+    costs, lengths = None, []
     if config.budgeted:
         method = config.build()
         assert isinstance(method, PlaneFit), "the config has checked it"
-        some = tokens[:MEASURED_WINDOWS]
-        costs = measure_costs(model, blocks, some, method, strict=config.strict, progress=steps[0])
-        lengths = [costs.lengths] if groups else []
-    for part in range(len(lengths), len(groups)):
-        lengths.append(gradient_lengths(model, blocks, groups[part], progress=steps[part]))
-    planned = _chosen(model, blocks, config, tokens, costs)
+        costs = measure_costs(
+            model, blocks, tokens[:measured], method, strict=config.strict, progress=steps[0], ranks=ranks
+        )
+        lengths = [costs.lengths] if weighted else []
+    found = [
+        gradient_lengths(model, blocks, group, progress=step)
+        for group, step in zip(groups, steps[bool(measured) :], strict=True)
+    ]
+    lengths += [part for one in ranks.gather(found) for part in one]
+    importances = _importances(model, blocks, config, tokens, ranks)
+    planned = ranks.from_first(lambda: _chosen(model, blocks, config, costs, importances))
     return replace(planned, token_weights=_joined_weights(lengths, tokens.numel()))
 
 
@@ -138,8 +149,23 @@ def _joined_weights(lengths: list[dict[str, Tensor]], tokens: int) -> dict[str, 
     return {name: token_weights(found) for name, found in joined.items() if len(found) == tokens}
 
 
+def _importances(
+    model: PreTrainedModel, blocks: list[Block], config: Config, tokens: Tensor, ranks: Ranks
+) -> list[float]:
+    """Of the blocks, where an allocation over them is asked for."""
+    if config.plan or config.budgeted or not config.coarse:
+        return []
+    if config.coarse == "outliers":
+        return outlier_ratios(model, blocks, tokens, ranks=ranks)
+    return [1 - cosine for cosine in block_cosines(model, blocks, tokens, ranks=ranks)]
+
+
 def _chosen(
-    model: PreTrainedModel, blocks: list[Block], config: Config, tokens: Tensor, costs: Costs | None
+    model: PreTrainedModel,
+    blocks: list[Block],
+    config: Config,
+    costs: Costs | None,
+    importances: list[float],
 ) -> Planned:
     if config.plan:
         return Planned(plan_of(blocks, config.plan))
@@ -148,9 +174,6 @@ def _chosen(
         plan = _within(model, config, costs)
         return Planned(plan, expected_loss=costs.expected_loss(plan))
     if config.coarse:
-        measure = outlier_ratios if config.coarse == "outliers" else block_cosines
-        found = measure(model, blocks, tokens)
-        importances = found if config.coarse == "outliers" else [1 - cosine for cosine in found]
         plan, coarse = coarse_plan(
             blocks,
             config.patterns[0],

@@ -121,8 +121,9 @@ class CompressionReport:
         source: the model that was compressed.
         source_bytes: size of its weight files; 0 where that is not known.
         calibration: what the moments were measured on (`Windows.describe`).
+        processes: how many shared the work.
         seconds: wall time by stage.
-        peak_rss_bytes: of the process, at the end of the run.
+        peak_rss_bytes: of the process, at the end of the run; of several processes each has its own.
     """
 
     nominal_bits: float
@@ -140,6 +141,7 @@ class CompressionReport:
     source: str
     source_bytes: int
     calibration: dict[str, Any]
+    processes: int
     seconds: dict[str, float]
     peak_rss_bytes: int
 
@@ -153,7 +155,7 @@ class CompressionReport:
     @staticmethod
     def from_dict(values: dict[str, Any]) -> "CompressionReport":
         """The inverse of `to_dict`; FormatError if it is not one of this version."""
-        later = {"recovered": [], "distilled": None, "embeddings": "16 bit"}  # not in the first reports
+        later = {"recovered": [], "distilled": None, "embeddings": "16 bit", "processes": 1}  # not in the first reports
         try:
             values = {**later, **values}
             coarse = values["coarse"]

@@ -1,7 +1,5 @@
 """Calibration of experts: their own tokens, and what stands in where there are none."""
 
-import copy
-
 import pytest
 import torch
 from torch import nn
@@ -14,19 +12,8 @@ from pbsp.calibration.walk import Walk
 from pbsp.calibration.windows import Windows
 from pbsp.models.blocks import Block, decoder_blocks
 from pbsp.models.experts import split_experts
-from tiny import CONFIGS, tiny_model, tiny_tokens
-
-
-def starving_model():
-    """A Mixtral whose tokens take one expert each: of scores x, −x, y and 0, never the last."""
-    torch.manual_seed(0)
-    config = copy.deepcopy(CONFIGS["mixtral"])
-    config.num_experts_per_tok = 1
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    for layer in model.model.layers:
-        router = layer.mlp.gate.weight.data
-        router[1], router[3] = -router[0], 0
-    return model
+from starving import starving_model
+from tiny import tiny_model, tiny_tokens
 
 
 def stand_ins_of(model, tokens):

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from pbsp.calibration.gradients import BackwardWalk
-from pbsp.calibration.moments import Moment, collect_block_moments
+from pbsp.calibration.moment import Moment
+from pbsp.calibration.moments import collect_block_moments
 from pbsp.calibration.sensitivity import (
     cut_lengths,
     gradient_lengths,

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from pbsp.calibration.moments import Moment, collect_moments
+from pbsp.calibration.moment import Moment
+from pbsp.calibration.moments import collect_moments
 from pbsp.calibration.walk import Walk
 from pbsp.errors import CalibrationError
 from pbsp.models.blocks import decoder_blocks

@@ -13,6 +13,7 @@ from pbsp.allocation.budget import Choice, allocate
 from pbsp.allocation.menu import MENU, PROBES, Planes, errors_from_probes, planes_bits
 from pbsp.allocation.plan import Plan, uniform_plan
 from pbsp.calibration.sensitivity import Sensitivity, measure_sensitivities
+from pbsp.distributed import ALONE, Ranks
 from pbsp.errors import CalibrationError
 from pbsp.methods.planes import PlaneFit
 from pbsp.models.blocks import Block, linear_weight
@@ -103,6 +104,7 @@ def measure_costs(
     *,
     strict: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> Costs:
     """Find out by one backward pass over the windows, and by two trial fits of some rows of every layer.
 
@@ -110,6 +112,7 @@ def measure_costs(
         method: its block, damping and sweeps; its patterns do not matter.
         strict: as in `uniform_plan`.
         progress: told blocks done and blocks in all.
+        ranks: processes that share the windows and the trials; the costs are the same on all.
 
     Raises:
         CalibrationError, ModelError: see `measure_sensitivities`.
@@ -128,7 +131,10 @@ def measure_costs(
             except CalibrationError as error:
                 raise CalibrationError(f"{name}: {error}") from None
 
-    measure_sensitivities(model, blocks, tokens, visit, progress=progress)
+    measure_sensitivities(model, blocks, tokens, visit, progress=progress, ranks=ranks)
+    for others_found, others_lengths in ranks.gather((found, lengths)):
+        found |= others_found
+        lengths |= others_lengths
     left_bits = 16 * sum(linear_weight(modules[name]).numel() for name in tiling.left_uncompressed)
     names = [name for name in tiling.patterns if name not in tiling.same_as]
     unseen = {

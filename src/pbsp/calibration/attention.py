@@ -16,6 +16,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from pbsp.calibration.attention_calls import AttentionCall, watched_attention
+from pbsp.distributed import Ranks
 from pbsp.models.blocks import Block
 
 QUERY_ROWS = 256
@@ -25,6 +26,7 @@ On SmolLM2-135M's shapes they lengthen calibration by 14 % in windows of 1024 to
 and all of them by 97 %.
 """
 
+_NOT_ONE_LINEAR = "its values are not the outputs of one linear layer as they are"
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}  # relative RMS; 16-bit types round at 1e-2
 
 
@@ -49,15 +51,17 @@ class ValueMoments:
         query_rows: at most so many query positions of a window are used, one drawn from each of as
             many equal stretches, and counted up to the whole; a mean over draws is exact.
         seed: of the draws.
+        skipped: windows before the first that is seen here, whose draws are another process's.
     """
 
-    def __init__(self, block: Block, *, query_rows: int = QUERY_ROWS, seed: int = 0):
+    def __init__(self, block: Block, *, query_rows: int = QUERY_ROWS, seed: int = 0, skipped: int = 0):
         self.heads: ValueHeads | None = None
         self.reason = ""
         self.watched = block.name
         self._block = block
         self._query_rows = query_rows
         self._generator = torch.Generator().manual_seed(seed)
+        self._skipped = skipped
         self._totals: list[Tensor] = []
         self._tokens = 0
         self._calls = 0  # of attention functions, in the current window
@@ -75,6 +79,18 @@ class ValueMoments:
         self._linear_calls.clear()
         if not self._tokens and not self.reason:
             self.reason = "its attention is not computed by one of transformers' attention functions"
+
+    def add_ranks(self, ranks: Ranks) -> None:
+        """Make the moments those of all ranks' windows, if none has a reason against it."""
+        found = ranks.gather((self.reason, self.heads, self._tokens))
+        if any(heads != self.heads for _, heads, _ in found):
+            self.reason = _NOT_ONE_LINEAR
+        self.reason = next((reason for reason, _, _ in found if reason), self.reason)
+        if self.reason:
+            self._totals.clear()
+        for total in self._totals:
+            ranks.add(total)
+        self._tokens = sum(tokens for _, _, tokens in found)
 
     def means(self) -> list[Float[Tensor, "in in"]]:
         """S_j of every kv head, in the order of `heads`; symmetric, float32. To be taken once."""
@@ -118,9 +134,12 @@ class ValueMoments:
             outputs = {name: output for name, (_, output) in self._linear_calls.items()}
             self.heads = find_values(values, outputs)
         if self.heads is None or self.heads.name not in self._linear_calls:
-            return "its values are not the outputs of one linear layer as they are"
+            return _NOT_ONE_LINEAR
         inputs = self._linear_calls[self.heads.name][0]
         inputs = inputs.detach().reshape(-1, inputs.shape[-1]).float()
+        while self._skipped:
+            draw_query_rows(len(values), self._query_rows, generator=self._generator)
+            self._skipped -= 1
         rows = draw_query_rows(len(values), self._query_rows, generator=self._generator).to(inputs.device)
         probabilities = call.probabilities(rows)
         if probabilities is None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pbsp.calibration.moments import InputMoment, MomentPart, collect_moments
+from pbsp.distributed import ALONE, Ranks
 from pbsp.models.blocks import Block, is_listed, linear_weight
 from pbsp.models.experts import ExpertLinears
 
@@ -35,7 +36,7 @@ class ExpertInputs:
 
     Args:
         block: before it is compressed.
-        windows: that will be run; some tokens of each are kept.
+        windows: that will be run, by all processes together; some tokens of each are kept.
     """
 
     def __init__(self, block: Block, *, windows: int) -> None:
@@ -52,7 +53,9 @@ class ExpertInputs:
                 hooks.enter_context(module.register_forward_pre_hook(self._hook(name)))
             yield
 
-    def stand_ins(self, linears: dict[str, nn.Module], moments: dict[str, InputMoment]) -> StandIns:
+    def stand_ins(
+        self, linears: dict[str, nn.Module], moments: dict[str, InputMoment], *, ranks: Ranks = ALONE
+    ) -> StandIns:
         """For those of `linears` whose expert had too few tokens for a moment of its own.
 
         An expert of a known kind is run on a sample of all the tokens that its layer got. Of others, whose
@@ -61,21 +64,27 @@ class ExpertInputs:
         Args:
             linears: by their names in full.
             moments: their own, where they were called.
+            ranks: processes that have each run a part of the windows, in order.
 
         Raises:
             CalibrationError: a moment is not finite; names the layer.
         """
         found = StandIns()
         for name, module in self._experts().items():
-            for expert, tokens in enumerate(self._tokens.get(name, torch.empty(0)).tolist()):
+            if name not in self._tokens:
+                continue
+            counts = ranks.add(self._tokens[name].clone())
+            sample: Tensor | None = None
+            for expert, tokens in enumerate(counts.tolist()):
                 inside = {key: linears[key] for key in linears if key.startswith(f"{name}.{expert}.")}
                 features = min((linear_weight(linear).shape[1] for linear in inside.values()), default=0)
                 if tokens >= features * _LEAST_TOKENS:
                     continue
-                rows = torch.cat(self._sample[name])
-                got = f"its expert got {tokens} of {int(self._tokens[name].sum())} places of tokens"
-                reason = f"{got}; solved on {len(rows)} tokens of its whole layer instead"
-                own = collect_moments(inside, partial(_run, module, expert, rows))
+                if sample is None:
+                    sample = torch.cat([rows for one in ranks.gather(self._sample[name]) for rows in one])
+                got = f"its expert got {tokens} of {int(counts.sum())} places of tokens"
+                reason = f"{got}; solved on {len(sample)} tokens of its whole layer instead"
+                own = collect_moments(inside, partial(_run, module, expert, sample))
                 for key, moment in own.items():
                     _add(found, key, inside[key], moment, reason)
         for name, linear in linears.items():

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pbsp.calibration.walk import block_input, hidden_of
+from pbsp.distributed import ALONE, Ranks
 from pbsp.errors import CalibrationError
 from pbsp.models.blocks import Block, is_listed, linear_weight
 from pbsp.pruning.scores import ScoreInputs, si
@@ -20,7 +21,11 @@ _OUTLYING = 6  # times the mean of a linear's scores
 
 @torch.no_grad()
 def block_cosines(
-    model: PreTrainedModel, blocks: list[Block], tokens: Int64[Tensor, "windows context"]
+    model: PreTrainedModel,
+    blocks: list[Block],
+    tokens: Int64[Tensor, "windows context"],
+    *,
+    ranks: Ranks = ALONE,
 ) -> list[float]:
     """Each block's mean cosine between the hidden states before and behind it, over all tokens.
 
@@ -30,6 +35,7 @@ def block_cosines(
         model: the original, on its device, in evaluation mode.
         blocks: its decoder blocks.
         tokens: calibration windows.
+        ranks: processes that share the windows.
 
     Raises:
         CalibrationError: a block's hidden states are not finite; names the block.
@@ -53,8 +59,8 @@ def block_cosines(
         for index, block in enumerate(blocks):
             hooks.enter_context(block.module.register_forward_pre_hook(entry(index), with_kwargs=True))
             hooks.enter_context(block.module.register_forward_hook(exit_(index)))
-        for window in tokens:
-            model.base_model(input_ids=window[None].to(model.device), use_cache=False)
+        _run(model, tokens, ranks)
+    totals = [math.fsum(parts) for parts in zip(*ranks.gather(totals), strict=True)]
     for block, total in zip(blocks, totals, strict=True):
         if not math.isfinite(total):
             raise CalibrationError(f"{block.name}: its hidden states are NaN or infinite on the text")
@@ -75,7 +81,11 @@ def token_cosines(
 
 @torch.no_grad()
 def outlier_ratios(
-    model: PreTrainedModel, blocks: list[Block], tokens: Int64[Tensor, "windows context"]
+    model: PreTrainedModel,
+    blocks: list[Block],
+    tokens: Int64[Tensor, "windows context"],
+    *,
+    ranks: Ranks = ALONE,
 ) -> list[float]:
     """Each block's share of weights whose standardized importance is above six times its linear's mean.
 
@@ -83,6 +93,7 @@ def outlier_ratios(
         model: the original, on its device, in evaluation mode.
         blocks: its decoder blocks.
         tokens: calibration windows.
+        ranks: processes that share the windows.
 
     Raises:
         CalibrationError: a linear layer's inputs are not finite, or it has none; names the layer.
@@ -102,9 +113,18 @@ def outlier_ratios(
         for block in blocks:
             for name, module in block.linears().items():
                 hooks.enter_context(module.register_forward_pre_hook(watch(name)))
-        for window in tokens:
-            model.base_model(input_ids=window[None].to(model.device), use_cache=False)
-    return [_outlier_ratio(block, energies) for block in blocks]
+        _run(model, tokens, ranks)
+    summed: dict[str, Tensor] = {}
+    for found in ranks.gather(energies):
+        for name, energy in found.items():
+            summed[name] = summed[name] + energy if name in summed else energy
+    return [_outlier_ratio(block, summed) for block in blocks]
+
+
+def _run(model: PreTrainedModel, tokens: Int64[Tensor, "windows context"], ranks: Ranks) -> None:
+    """Forward passes over this rank's windows."""
+    for window in ranks.part(len(tokens)):
+        model.base_model(input_ids=tokens[window, None].to(model.device), use_cache=False)
 
 
 def _outlier_ratio(block: Block, energies: dict[str, Tensor]) -> float:

@@ -10,7 +10,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from pbsp.calibration.attention import QUERY_ROWS, ValueMoments
+from pbsp.calibration.moment import Moment, moments_over_ranks
 from pbsp.calibration.walk import Walk
+from pbsp.distributed import ALONE, Ranks
 from pbsp.errors import CalibrationError
 from pbsp.models.blocks import Block, linear_weight
 
@@ -19,42 +21,12 @@ Weighting = Literal["plain", "attention", "gradient"]
 squared gradient of the model's loss at the layer's output."""
 
 
-class Moment:
-    """A streaming mean of x xᵀ, summed in float32 as (in, in), in squared activation units."""
-
-    def __init__(self) -> None:
-        self.tokens = 0
-        self._total: Tensor | None = None
-
-    def update(
-        self, inputs: Float[Tensor, "*tokens in"], weights: Float[Tensor, "all"] | None = None
-    ) -> None:
-        """Add every token's outer product, times its weight.
-
-        Args:
-            weights: of all tokens of the layer, in the order in which they come; by default 1.
-        """
-        rows = inputs.detach().reshape(-1, inputs.shape[-1]).float()
-        if self._total is None:
-            self._total = rows.new_zeros(rows.shape[1], rows.shape[1])
-        weighted = rows
-        if weights is not None:
-            chosen = weights[self.tokens : self.tokens + len(rows)].to(rows.device)
-            weighted = rows * chosen[:, None]
-        self._total.addmm_(weighted.T, rows)
-        self.tokens += len(rows)
-
-    def mean(self) -> Float[Tensor, "in in"]:
-        """Σ x xᵀ / tokens, symmetric."""
-        assert self._total is not None
-        return self._total / self.tokens
-
-
 def collect_moments(
     linears: dict[str, nn.Module],
     run: Callable[[], None],
     *,
     weights: Mapping[str, Float[Tensor, "tokens"]] | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Tensor]:
     """The input moment of every linear that `run` calls, by name, in the order of the first calls.
 
@@ -64,6 +36,7 @@ def collect_moments(
     Args:
         weights: of all tokens that the linear will be called on, in their order; where a linear has none,
             they count alike.
+        ranks: processes that each `run` a part of the windows; the moments are those of all.
 
     Raises:
         CalibrationError: a moment is not finite; names the layer.
@@ -90,6 +63,7 @@ def collect_moments(
         for name, module in linears.items():
             hooks.enter_context(module.register_forward_pre_hook(hook(name)))
         run()
+    moments = moments_over_ranks(moments, linears, ranks)
     means = {id(moment): moment.mean() for moment in moments.values()}
     for name, moment in moments.items():
         if not bool(torch.isfinite(means[id(moment)]).all()):
@@ -146,6 +120,7 @@ def collect_block_moments(
     keep: bool,
     query_rows: int = QUERY_ROWS,
     seed: int = 0,
+    ranks: Ranks = ALONE,
 ) -> BlockMoments:
     """Run block `index` of the walk on all windows and gather the moments of `linears`, named in full.
 
@@ -162,18 +137,23 @@ def collect_block_moments(
         keep: the outputs become the next block's inputs.
         query_rows: see `ValueMoments`.
         seed: of the choice of query rows.
+        ranks: processes whose walks have the windows of all in parts, in order; the moments are those of all.
 
     Raises:
         CalibrationError: a moment is not finite; names the layer.
     """
+    before = sum(ranks.gather(len(walk.hidden))[: ranks.rank])  # windows of earlier ranks
     if weighting != "attention":
-        chosen = weights if weighting == "gradient" else None
+        chosen = weights if weighting == "gradient" and weights else {}
+        tokens = before * walk.hidden[0].shape[1]
+        chosen = {name: found[tokens:] for name, found in chosen.items()}
         run = lambda: walk.run(index, block.module, keep=keep)  # noqa: E731
-        plain = collect_moments(linears, run, weights=chosen)
+        plain = collect_moments(linears, run, weights=chosen, ranks=ranks)
         return BlockMoments({name: _plain(linears[name], moment) for name, moment in plain.items()}, {})
-    values = ValueMoments(block, query_rows=query_rows, seed=seed)
+    values = ValueMoments(block, query_rows=query_rows, seed=seed, skipped=before)
     with values.watching():
-        plain = collect_moments(linears, lambda: walk.run(index, block.module, keep=keep))
+        plain = collect_moments(linears, lambda: walk.run(index, block.module, keep=keep), ranks=ranks)
+    values.add_ranks(ranks)
     inputs = {name: _plain(linears[name], moment) for name, moment in plain.items()}
     if values.reason or values.heads is None:
         name = values.heads.name if values.heads else values.watched

@@ -2,15 +2,17 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int64
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pbsp.calibration.gradients import BackwardWalk
-from pbsp.calibration.moments import Moment
-from pbsp.models.blocks import Block
+from pbsp.calibration.moment import Moment
+from pbsp.distributed import ALONE, Ranks
+from pbsp.models.blocks import Block, linear_weight
 
 _CUT = 0.999
 
@@ -46,6 +48,7 @@ def measure_sensitivities(
     visit: Callable[[str, Sensitivity], None],
     *,
     progress: Callable[[int, int], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> None:
     """Call `visit` with the sensitivity of every linear that the windows reach, the last block first.
 
@@ -53,22 +56,26 @@ def measure_sensitivities(
         tokens: the loss is the model's own on them.
         visit: told one linear at a time; the sensitivities of one block alone are held.
         progress: told blocks done and blocks in all.
+        ranks: processes that share the windows, and the linears: each `visit`s a part of these, dealt as if
+            a visit inverts the moment.
 
     Raises:
         CalibrationError, ModelError: see `BackwardWalk`.
     """
-    walk = BackwardWalk(model, blocks, tokens)
-    for done in range(len(blocks)):
+    own = ranks.part(len(tokens))
+    walk = BackwardWalk(model, blocks, tokens[own.start : own.stop]) if own else None
+    for done, block in enumerate(reversed(blocks)):
         if progress:
             progress(done, len(blocks))
+        linears = block.linears()
         gathered: dict[str, _Gathered] = {}
-
-        def watch(window: int, name: str, inputs: Tensor, gradient: Tensor, into: dict = gathered) -> None:
-            into.setdefault(name, _Gathered()).add(inputs, gradient)
-
-        walk.step(watch)
-        for name, sums in gathered.items():
-            visit(name, sums.sensitivity())
+        if walk:  # there may be more ranks than windows
+            walk.step(partial(_gather, gathered, linears))
+        merged = _over_ranks(gathered, linears, ranks)
+        owners = ranks.deal([linear_weight(linears[name]).shape[1] ** 3 for name in merged])
+        for (name, sums), owner in zip(merged.items(), owners, strict=True):
+            if owner == ranks.rank:
+                visit(name, sums.sensitivity())
 
 
 def gradient_lengths(
@@ -118,13 +125,32 @@ def _token_rows(values: Float[Tensor, "*tokens features"]) -> Float[Tensor, "all
     return values.reshape(-1, values.shape[-1]).float()
 
 
-class _Gathered:
-    """Sums over the tokens seen so far, the windows in the order in which they come."""
+def _gather(
+    into: dict[str, "_Gathered"],
+    linears: dict[str, nn.Module],
+    window: int,
+    name: str,
+    inputs: Tensor,
+    gradient: Tensor,
+) -> None:
+    if name not in into:
+        into[name] = _Gathered(linears[name])
+    into[name].add(inputs, gradient)
 
-    def __init__(self) -> None:
+
+class _Gathered:
+    """Sums over the tokens seen so far, the windows in the order in which they come.
+
+    Attributes:
+        lengths: of the tokens' gradients, cut, a tensor a window.
+    """
+
+    def __init__(self, linear: nn.Module) -> None:
+        weight = linear_weight(linear)
         self._moment = Moment()
-        self._energy: Tensor | float = 0.0
-        self._lengths: list[Tensor] = []
+        self._columns = weight.shape[1]
+        self._energy = torch.zeros(len(weight), device=weight.device)
+        self.lengths: list[Tensor] = []
 
     def add(self, inputs: Float[Tensor, "*tokens in"], gradient: Float[Tensor, "*tokens out"]) -> None:
         if not gradient.numel():
@@ -133,11 +159,33 @@ class _Gathered:
         lengths = squares.sum(1)
         cut = cut_lengths(lengths)
         self._moment.update(_token_rows(inputs) * cut.sqrt()[:, None])
-        self._energy = self._energy + (cut / lengths.clamp_min(1e-30)) @ squares
-        self._lengths.append(cut)
+        self._energy += (cut / lengths.clamp_min(1e-30)) @ squares
+        self.lengths.append(cut)
+
+    def add_ranks(self, ranks: Ranks, lengths: list[Tensor]) -> None:
+        """Make these the sums over all ranks, which call it together; `lengths` are those of all."""
+        self.lengths = lengths
+        ranks.add(self._energy)
+        tokens = sum(len(one) for one in lengths)
+        zero = partial(self._energy.new_zeros, (self._columns, self._columns))
+        self._moment.add_ranks(ranks, tokens=tokens, zero=zero)
 
     def sensitivity(self) -> Sensitivity:
-        lengths = torch.cat(self._lengths)
+        lengths = torch.cat(self.lengths)
         mean = float(lengths.mean())
-        energy = torch.as_tensor(self._energy) / len(lengths)
+        energy = self._energy / len(lengths)
         return Sensitivity(self._moment.mean() / max(mean, 1e-30), energy, lengths)
+
+
+def _over_ranks(
+    gathered: dict[str, _Gathered], linears: dict[str, nn.Module], ranks: Ranks
+) -> dict[str, _Gathered]:
+    """The sums over all ranks' windows, of every linear that one of them reaches."""
+    found = ranks.gather({name: sums.lengths for name, sums in gathered.items()})
+    merged = {
+        name: gathered.get(name) or _Gathered(linears[name])
+        for name in dict.fromkeys(name for one in found for name in one)
+    }
+    for name, sums in merged.items():
+        sums.add_ranks(ranks, [lengths for one in found for lengths in one.get(name, [])])
+    return merged
