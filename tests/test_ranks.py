@@ -25,7 +25,7 @@ from tiny import tiny_model, tiny_tokenizer
 
 TESTS = Path(__file__).parent
 TOLERANCES = {"paper": (0.2, 0.05), "budget of experts": (0.01, 0.05), "experts": (0.01, 0.05)}
-"""Of the share of numbers that differ and of output errors: where near ties, or moments of a few tokens, decide."""
+"""Of numbers that differ, and of output errors: where near ties, or moments of a few tokens, decide."""
 
 
 def torchrun(*arguments):
