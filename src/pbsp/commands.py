@@ -16,7 +16,9 @@ from pbsp.inspection import Inspection, inspect_folder
 from pbsp.methods.table import packs
 from pbsp.models.gguf import BUILTIN
 from pbsp.models.load import LoadedModel, load_model
+from pbsp.models.memory import check_memory
 from pbsp.preview import preview
+from pbsp.report import CompressionReport
 from pbsp.resources import peak_rss_bytes
 from pbsp.save import check_target, save_compressed
 from pbsp.tables import bytes_table, layer_table, preview_table, summary_table
@@ -32,6 +34,7 @@ def run_compress(
     text: dict[str, Any],
     config_file: str | None,
     device: str,
+    memory: str,
     overwrite: bool,
     resume: bool,
     dry_run: bool,
@@ -51,6 +54,7 @@ def run_compress(
         )
     corpus = calibration_corpus(source, {**filed_text, **text})
     check_text(corpus.name)
+    check_memory(memory)
     if not dry_run:
         if output is None:
             raise ConfigError("Missing option '--output': name a folder to write, or see --dry-run")
@@ -60,7 +64,9 @@ def run_compress(
             raise OutputError(f"{kept} holds an unfinished compression; go on with --resume, or delete it")
         if resume and not kept.exists():
             raise OutputError(f"there is nothing to resume: {kept} does not exist")
-    loaded = load_model(source, device=device)
+    walks = 2 if config.recover else 1
+    tokens = walks * corpus.samples * corpus.context
+    loaded = load_model(source, device=device, memory=memory, tokens=tokens)
     config = config.for_source(loaded.source_dtype)
     if output is None or dry_run:
         _dry_run(loaded, config, corpus, json=json)
@@ -77,7 +83,9 @@ def run_compress(
         seconds={**loaded.seconds, **report.seconds},
     )
     start = time.perf_counter()
-    save_compressed(loaded.model, loaded.tokenizer, output, report, overwrite=overwrite)
+    save_compressed(
+        loaded.model, loaded.tokenizer, output, report, overwrite=overwrite, unfinished=unfinished
+    )
     unfinished.remove()
     seconds = {**report.seconds, "save": time.perf_counter() - start}
     found = inspect_folder(Path(output))
@@ -95,6 +103,7 @@ def run_compress(
     _print_left(found)
     for name, reason in report.uncalibrated.items():
         print(f"without a calibration of its own: {name}: {reason}")
+    print(_per_block(report))
     spent = ", ".join(f"{stage} {value:.1f} s" for stage, value in seconds.items() if value >= 0.05)
     print(f"{spent}; peak memory {peak_rss_bytes() / 1e9:.2f} GB; written to {output}")
 
@@ -171,6 +180,14 @@ def _calibrated_on(calibration: dict[str, Any]) -> str:
     extent = f"{calibration['windows']} windows of {calibration['context']} tokens"
     note = f" ({calibration['note']})" if calibration["note"] else ""
     return f"calibrated on {calibration['text']}: {extent}{note}, seed {calibration['seed']}"
+
+
+def _per_block(report: CompressionReport) -> str:
+    """How long the blocks took, and how the model was held."""
+    seconds = [block.seconds for block in report.blocks]
+    held = "read block by block" if report.memory == "blocks" else "in memory as a whole"
+    mean = sum(seconds) / len(seconds)
+    return f"{len(seconds)} blocks, {mean:.1f} s each and {max(seconds):.1f} s at most; model {held}"
 
 
 def _print_left(found: Inspection) -> None:

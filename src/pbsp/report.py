@@ -81,6 +81,20 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
+class BlockReport:
+    """What one decoder block took.
+
+    Attributes:
+        seconds: wall time of reading, measuring, solving and tuning it.
+        peak_rss_bytes: of the process so far: it need not grow from block to block.
+    """
+
+    name: str
+    seconds: float
+    peak_rss_bytes: int
+
+
+@dataclass(frozen=True)
 class Bits:
     """Bits per weight over a model's linear layers.
 
@@ -113,6 +127,8 @@ class CompressionReport:
         uncalibrated: linear layer of an expert that had too few tokens → what it was solved on instead.
         coarse: an allocation over blocks, where it was asked for.
         recovered: what tuning each block did, where that was asked for.
+        blocks: time and memory of each; of those that an earlier run finished, what they took there.
+        memory: "blocks" if the model was read block by block, else "whole".
         embeddings: how the input embedding and the head are stored.
         expected_loss: nats per token that the plan was expected to add, where a budget chose it.
         source: the model that was compressed.
@@ -131,6 +147,8 @@ class CompressionReport:
     uncalibrated: dict[str, str]
     coarse: CoarseAllocation | None
     recovered: tuple[BlockRecovery, ...]
+    blocks: tuple[BlockReport, ...]
+    memory: str
     embeddings: str
     expected_loss: float | None
     source: str

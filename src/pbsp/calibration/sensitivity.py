@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from pbsp.calibration.gradients import BackwardWalk
 from pbsp.calibration.moments import Moment
 from pbsp.models.blocks import Block
+from pbsp.models.shards import resident
 
 _CUT = 0.999
 
@@ -51,7 +52,8 @@ def measure_sensitivities(
 
     Args:
         tokens: the loss is the model's own on them.
-        visit: told one linear at a time; the sensitivities of one block alone are held.
+        visit: told one linear at a time, while its block's weights are in memory; the sensitivities of
+            one block alone are held.
         progress: told blocks done and blocks in all.
 
     Raises:
@@ -66,9 +68,10 @@ def measure_sensitivities(
         def watch(window: int, name: str, inputs: Tensor, gradient: Tensor, into: dict = gathered) -> None:
             into.setdefault(name, _Gathered()).add(inputs, gradient)
 
-        walk.step(watch)
-        for name, sums in gathered.items():
-            visit(name, sums.sensitivity())
+        with resident(model, blocks[-1 - done].name):
+            walk.step(watch)
+            for name, sums in gathered.items():
+                visit(name, sums.sensitivity())
 
 
 def gradient_lengths(
