@@ -107,7 +107,7 @@ def test_only_the_last_hidden_states_are_kept(tmp_path):
         "hidden-0003.safetensors",
     ]
     assert unfinished.finished() == 4
-    assert unfinished.hidden(3)[0].tolist() == [[3.0, 3.0]]
+    assert next(unfinished.hidden(3)).tolist() == [[3.0, 3.0]]
 
 
 def command(folder, *more):

@@ -14,12 +14,14 @@ from pbsp.evaluation.tasks import evaluate_tasks
 from pbsp.inspection import inspect_folder
 from pbsp.models.load import load_model
 from pbsp.save import save_compressed
+from pbsp.unfinished import Unfinished
 
 __version__ = "0.1.0"
 __all__ = [
     "Config",
     "Corpus",
     "PbspError",
+    "Unfinished",
     "compress",
     "corpus",
     "evaluate",

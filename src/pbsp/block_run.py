@@ -12,16 +12,19 @@ from transformers import PreTrainedModel
 
 from pbsp.calibration.experts import ExpertInputs
 from pbsp.calibration.moments import collect_block_moments
+from pbsp.calibration.states import States, copied
 from pbsp.calibration.walk import Walk
 from pbsp.config import Config
 from pbsp.distributed import ALONE, Ranks
-from pbsp.integrations.modules import packed_entry, replace_module
+from pbsp.integrations.modules import empty_linear, packed_entry, replace_module
 from pbsp.models.blocks import Block, linear_weight
+from pbsp.models.shards import resident, shards_of
 from pbsp.packed_linear import PackedLinear
 from pbsp.planning import Planned
 from pbsp.pruning.pattern import format_patterns
 from pbsp.recovery.block import BlockRecovery, BlockTask, adapt_block, recover_block
-from pbsp.report import LayerReport
+from pbsp.report import BlockReport, LayerReport
+from pbsp.resources import peak_rss_bytes
 from pbsp.shared_unfinished import SharedUnfinished
 from pbsp.solving import solve_linears
 from pbsp.storage.checkpoint import LayerEntry
@@ -49,9 +52,9 @@ class BlockRun:
     ranks: Ranks = ALONE
     solved: dict[str, tuple[Representation, float]] = field(default_factory=dict)  # of shared weights
     recovered: list[BlockRecovery] = field(default_factory=list)
-    originals: list[Tensor] = field(
-        default_factory=list
-    )  # the original's hidden states, where they are needed
+    originals: States = field(default_factory=list)  # the original's hidden states, where they are needed
+    reports: list[BlockReport] = field(default_factory=list)
+    forms: dict[str, LayerEntry] = field(default_factory=dict)  # of layers that have left memory
 
     def compress_blocks(self, tokens: Tensor) -> Iterator[LayerReport]:
         """Measure, solve and replace block after block, each behind its compressed predecessors.
@@ -63,17 +66,36 @@ class BlockRun:
         with timed(self.seconds, "calibrate"):
             walk = Walk(self.model, self.blocks, tokens[own.start : own.stop])
         if self.config.recovers_blocks:
-            self.originals = list(walk.hidden)
+            self.originals = copied(self.model, walk.hidden)
         done = self._restored(walk)
         for layers in done:
             yield from layers
         for index in range(len(done), len(self.blocks)):
             self.tell("compress", index, len(self.blocks))
-            layers = self._compress_block(walk, index, windows=len(tokens))
-            if self.unfinished:
-                self.unfinished.keep(index, self._finished(index, layers), walk.hidden + self.originals)
-            yield from layers
+            yield from self._whole_block(walk, index, windows=len(tokens))
         self.tell("compress", len(self.blocks), len(self.blocks))
+
+    def _whole_block(self, walk: Walk, index: int, *, windows: int) -> list[LayerReport]:
+        """Compress a block and keep it; in memory it stays only with the rest of its model."""
+        block = self.blocks[index]
+        start = time.perf_counter()
+        with resident(self.model, block.name):
+            layers = self._compress_block(walk, index, windows=windows)
+            self.reports.append(BlockReport(block.name, time.perf_counter() - start, peak_rss_bytes()))
+            if self.unfinished:
+                with timed(self.seconds, "keep"):
+                    finished = self._finished(index, layers)
+                    self.unfinished.keep(index, finished, walk.hidden, self.originals)
+                if shards_of(self.model):
+                    self._let_go(finished)
+        return layers
+
+    def _let_go(self, block: FinishedBlock) -> None:
+        """Keep only the shapes of a finished block's packed layers, whose values are on disk."""
+        for name, form in block.entries["forms"].items():
+            entry = LayerEntry.from_dict(name, form)
+            self.forms[name] = entry
+            replace_module(self.model, name, empty_linear(self.model.get_submodule(name), entry.form))
 
     def _compress_block(self, walk: Walk, index: int, *, windows: int) -> list[LayerReport]:
         """The reports of one block's layers, which are replaced; the walk then stands behind it."""
@@ -83,7 +105,8 @@ class BlockRun:
             name: module for name, module in block.linears().items() if name in self.planned.plan.patterns
         }
         with timed(self.seconds, "calibrate"):
-            self.originals = [walk.replay(index, block.module, hidden) for hidden in self.originals]
+            for window, hidden in enumerate(self.originals):
+                self.originals[window] = walk.replay(index, block.module, hidden)
         task = BlockTask(partial(walk.replay, index, block.module), walk.hidden, self.originals)
         with timed(self.seconds, "recover"):
             adapted = self._adapt(linears, task)
@@ -125,7 +148,7 @@ class BlockRun:
 
         Only in float32: the steps are lost in the roundings of shorter types.
         """
-        if not self.originals:
+        if not len(self.originals):
             return None
         shared = {*self.planned.plan.same_as, *self.planned.plan.same_as.values()}
         weights = {
@@ -142,7 +165,7 @@ class BlockRun:
         adapted: tuple[float, float] | None,
     ) -> None:
         """Tune the compressed block, where that was asked for."""
-        if not self.originals:
+        if not len(self.originals):
             return
         originals = {
             name.removeprefix(f"{block.name}."): linear_weight(module) for name, module in linears.items()
@@ -158,37 +181,50 @@ class BlockRun:
         reports = []
         count = self.unfinished.finished()
         for index in range(count):
-            block = self.unfinished.block(index)
-            reports.append([LayerReport(**values) for values in block.entries["layers"]])
-            for report in reports[-1]:
-                entry = LayerEntry.from_dict(report.name, block.entries["forms"][report.name])
-                names = {suffix: f"{report.name}.{suffix}" for suffix in entry.form.specs()}
-                packed = entry.form.packed({suffix: block.tensors[name] for suffix, name in names.items()})
-                representation = packed.unpack()
-                if report.name in self.planned.plan.same_as.values():
-                    self.solved[report.name] = representation, report.output_error
-                self._replace(
-                    report.name,
-                    self.model.get_submodule(report.name),
-                    representation,
-                    report.output_error,
-                )
-            self.plain_because |= block.entries["plain_because"]
-            self.uncalibrated |= block.entries["uncalibrated"]
-            self.recovered += [BlockRecovery(**values) for values in block.entries["recovered"]]
-            for name, vector in self._vectors(index).items():
-                vector.copy_(block.tensors[name])
+            entries = self.unfinished.entries(index)
+            reports.append([LayerReport(**values) for values in entries["layers"]])
+            block = FinishedBlock({}, entries) if shards_of(self.model) else self.unfinished.block(index)
+            if block.tensors:
+                self._put_back(index, block, reports[-1])
+            else:
+                self._let_go(block)
+            self.plain_because |= entries["plain_because"]
+            self.uncalibrated |= entries["uncalibrated"]
+            self.recovered += [BlockRecovery(**values) for values in entries["recovered"]]
+            self.reports.append(BlockReport(**entries["report"]))
         if count:
-            states = [state.to(self.model.device) for state in self.unfinished.hidden(count - 1)]
             windows = len(walk.hidden)
-            walk.hidden, self.originals = states[:windows], states[windows:]
+            device = walk.hidden[0].device
+            for place, state in enumerate(self.unfinished.hidden(count - 1)):
+                states = walk.hidden if place < windows else self.originals
+                states[place % windows] = state.to(device)
         return reports
 
-    def _vectors(self, index: int) -> dict[str, Tensor]:
-        """A block's norms and biases, which recovery changes."""
-        block = self.blocks[index]
-        named = block.module.named_parameters()
-        return {f"{block.name}.{name}": vector.data for name, vector in named if vector.ndim == 1}
+    def _put_back(self, index: int, block: FinishedBlock, reports: list[LayerReport]) -> None:
+        """A finished block's tensors, into the model."""
+        for report in reports:
+            form = LayerEntry.from_dict(report.name, block.entries["forms"][report.name]).form
+            tensors = {suffix: block.tensors[f"{report.name}.{suffix}"] for suffix in form.specs()}
+            packed = form.packed(tensors)
+            representation = packed.unpack()
+            if report.name in self.planned.plan.same_as.values():
+                self.solved[report.name] = representation, report.output_error
+            module = self.model.get_submodule(report.name)
+            self._replace(report.name, module, representation, report.output_error)
+        for name, tensor in self._others(index).items():
+            tensor.copy_(block.tensors[name])
+
+    def _others(self, index: int) -> dict[str, Tensor]:
+        """A block's stored tensors but for packed codes and scales: norms, biases, what stays as it is."""
+        found: dict[str, Tensor] = {}
+        for name, module in self.blocks[index].module.named_modules(prefix=self.blocks[index].name):
+            buffers = module._buffers.keys() - module._non_persistent_buffers_set
+            packed = module.form.specs() if isinstance(module, PackedLinear) else {}
+            for leaf, tensor in {**module._parameters, **module._buffers}.items():
+                stored = leaf in module._parameters or leaf in buffers
+                if tensor is not None and stored and leaf not in packed:
+                    found[f"{name}.{leaf}"] = tensor.detach()
+        return found
 
     def _finished(self, index: int, layers: list[LayerReport]) -> FinishedBlock:
         """What `_restored` needs of a block."""
@@ -202,13 +238,14 @@ class BlockRun:
                 for name, module in modules.items()
                 for suffix, tensor in module.packed.tensors().items()
             }
-            | {name: vector.cpu().clone() for name, vector in self._vectors(index).items()},
+            | {name: tensor.cpu().clone() for name, tensor in self._others(index).items()},
             {
                 "layers": [asdict(layer) for layer in layers],
                 "forms": {name: entry.to_dict() for name, entry in entries.items()},
                 "plain_because": self.plain_because,
                 "uncalibrated": self.uncalibrated,
                 "recovered": [asdict(one) for one in self.recovered if one.name == self.blocks[index].name],
+                "report": asdict(self.reports[-1]),
             },
         )
 

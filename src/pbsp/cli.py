@@ -100,6 +100,9 @@ def compress(
     context: Annotated[int | None, typer.Option(help="Tokens of a calibration window.")] = None,
     seed: Annotated[int | None, typer.Option(help=_SEED_HELP)] = None,
     device: Device = "auto",
+    memory: Annotated[
+        str, typer.Option(help="Hold the whole model, or blocks: one decoder block at a time; or auto.")
+    ] = "auto",
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the model in the output folder.")
     ] = False,
@@ -139,6 +142,7 @@ def compress(
         text={name: value for name, value in text.items() if value is not None},
         config_file=config,
         device=device,
+        memory=memory,
         overwrite=overwrite,
         resume=resume,
         dry_run=dry_run,

@@ -18,6 +18,7 @@ from pbsp.inspection import Inspection, inspect_folder
 from pbsp.methods.table import packs
 from pbsp.models.gguf import BUILTIN
 from pbsp.models.load import LoadedModel, load_model
+from pbsp.models.memory import check_memory
 from pbsp.preview import preview
 from pbsp.report import CompressionReport
 from pbsp.resources import peak_rss_bytes
@@ -35,6 +36,7 @@ def run_compress(
     text: dict[str, Any],
     config_file: str | None,
     device: str,
+    memory: str,
     overwrite: bool,
     resume: bool,
     dry_run: bool,
@@ -54,15 +56,19 @@ def run_compress(
         )
     corpus = calibration_corpus(source, {**filed_text, **text})
     device = device_of_rank(device)
+    check_memory(memory)
     with joined(device) as ranks:
         check_ranks(config, corpus.samples, ranks)
-        if dry_run and ranks.size > 1:
-            raise ConfigError("a dry run is of one process: start it without torchrun")
+        if ranks.size > 1 and (dry_run or memory == "blocks"):
+            what = "a dry run is" if dry_run else "reading block by block is"
+            raise ConfigError(f"{what} of one process: start it without torchrun")
         if ranks.first:
             check_text(corpus.name)
             if not dry_run:
                 check_folders(source, output, overwrite=overwrite, resume=resume)
-        loaded = ranks.after_first(lambda: load_model(source, device=device))
+        memory = memory if ranks.size == 1 else "whole"
+        tokens = corpus.samples * corpus.context * (2 if config.recovers_blocks else 1)
+        loaded = ranks.after_first(lambda: load_model(source, device=device, memory=memory, tokens=tokens))
         config = config.for_source(loaded.source_dtype)
         if output is None or dry_run:
             _dry_run(loaded, config, corpus, json=json)
@@ -90,7 +96,9 @@ def run_compress(
         seconds={**loaded.seconds, **report.seconds},
     )
     start = time.perf_counter()
-    save_compressed(loaded.model, loaded.tokenizer, output, report, overwrite=overwrite)
+    save_compressed(
+        loaded.model, loaded.tokenizer, output, report, overwrite=overwrite, unfinished=unfinished
+    )
     unfinished.remove()
     seconds = {**report.seconds, "save": time.perf_counter() - start}
     report = dataclasses.replace(report, seconds=seconds, peak_rss_bytes=peak_rss_bytes())
@@ -120,6 +128,7 @@ def _print_compressed(report: CompressionReport, found: Inspection, output: str,
     _print_left(found)
     for name, reason in report.uncalibrated.items():
         print(f"without a calibration of its own: {name}: {reason}")
+    print(_per_block(report))
     spent = ", ".join(f"{stage} {value:.1f} s" for stage, value in report.seconds.items() if value >= 0.05)
     several = f" of the first of {report.processes} processes" if report.processes > 1 else ""
     print(f"{spent}; peak memory{several} {report.peak_rss_bytes / 1e9:.2f} GB; written to {output}")
@@ -198,6 +207,14 @@ def calibrated_on(calibration: dict[str, Any]) -> str:
     extent = f"{calibration['windows']} windows of {calibration['context']} tokens"
     note = f" ({calibration['note']})" if calibration["note"] else ""
     return f"calibrated on {calibration['text']}: {extent}{note}, seed {calibration['seed']}"
+
+
+def _per_block(report: CompressionReport) -> str:
+    """How long the blocks took, and how the model was held."""
+    seconds = [block.seconds for block in report.blocks]
+    held = "read block by block" if report.memory == "blocks" else "in memory as a whole"
+    mean = sum(seconds) / len(seconds)
+    return f"{len(seconds)} blocks, {mean:.1f} s each and {max(seconds):.1f} s at most; model {held}"
 
 
 def _print_left(found: Inspection) -> None:

@@ -16,9 +16,11 @@ from pbsp.distributed import ALONE, Ranks
 from pbsp.errors import ConfigError
 from pbsp.integrations.embeddings import pack_embeddings
 from pbsp.integrations.transformers import PbspQuantizationConfig, attach
+from pbsp.methods.table import packs
 from pbsp.models.blocks import decoder_blocks, linear_weight
 from pbsp.models.experts import split_experts
 from pbsp.models.precision import cast_stored, check_finite, storage_dtype, weights_digest
+from pbsp.models.shards import OUTSIDE, shards_of
 from pbsp.planning import Planned, check_request, make_plan
 from pbsp.recovery.model import MODEL_TUNING, recover_model
 from pbsp.report import Bits, CompressionReport
@@ -45,7 +47,8 @@ def compress(
     same, and the report says that the model is not packed.
 
     Args:
-        model: a causal language model in evaluation mode, in float32 or a 16-bit type.
+        model: a causal language model in evaluation mode, in float32 or a 16-bit type; or one that is
+            read block by block (`load_model` with memory "blocks"), which needs `unfinished`, also to save.
         tokenizer: turns the corpus into tokens; not needed for `self`.
         config: see `Config`.
         corpus: the calibration text, or windows taken from it before; by default `self`, 32 windows of
@@ -57,7 +60,8 @@ def compress(
         ranks: processes that share the work. All make this call, and all end with the compressed model.
 
     Raises:
-        ConfigError: the earlier run had other settings (names what differs), or see `check_ranks`.
+        ConfigError: the earlier run had other settings (names what differs), or see `check_ranks`; or the
+            model is read block by block and this cannot be done so.
         RankError: another process has ended, or was called with something else.
         ModelError: an unsupported architecture, or a NaN or infinite weight (names the layer).
         CorpusError: the text is missing, empty or too short (to tune the model: than two windows).
@@ -67,12 +71,20 @@ def compress(
     config = config or Config()
     corpus = corpus or Corpus("self", samples=32, context=512)
     tell = progress or (lambda stage, done, total: None)
-    seconds: dict[str, float] = dict.fromkeys(("sample", "plan", "calibrate", "solve", "recover"), 0.0)
+    seconds: dict[str, float] = dict.fromkeys(
+        ("check", "sample", "plan", "calibrate", "solve", "recover", "keep"), 0.0
+    )
+    shards = shards_of(model)
+    if shards:
+        shards.scratch = _scratch(config, unfinished, ranks)
     split_experts(model)
     blocks = decoder_blocks(model)
     check_request(blocks, config)
-    check_finite(model)
-    dtype = storage_dtype(model, config.dtype)
+    if isinstance(corpus, Corpus):
+        corpus.check_model(model)
+    with timed(seconds, "check"):
+        check_finite(model)
+        dtype = storage_dtype(model, config.dtype)
     with timed(seconds, "sample"):
         if isinstance(corpus, Corpus):
             corpus = ranks.from_first(
@@ -104,13 +116,16 @@ def compress(
                 model, teacher, corpus.tokens, MODEL_TUNING, progress=partial(tell, "tune"), kept=kept
             )
             del teacher
+    if shards:
+        shards.keep(OUTSIDE)
     cast_stored(model, dtype)
     embeddings = "16 bit"
     if run.packed and config.embedding_bits == 8:
         embeddings = pack_embeddings(model, dtype)
     provenance = {"config": config.to_dict(), "calibration": corpus.describe(), "versions": versions()}
     if run.packed:
-        attach(model, PbspQuantizationConfig(left_uncompressed=plan.left_uncompressed, provenance=provenance))
+        packed = PbspQuantizationConfig(left_uncompressed=plan.left_uncompressed, provenance=provenance)
+        attach(model, packed, layers=run.forms)
     left_weights = sum(linear_weight(model.get_submodule(name)).numel() for name in plan.left_uncompressed)
     bits = Bits.over(layers, left_weights=left_weights, left_bits=16 * left_weights)
     return CompressionReport(
@@ -124,6 +139,8 @@ def compress(
         coarse=planned.coarse,
         recovered=tuple(run.recovered),
         distilled=distilled,
+        blocks=tuple(run.reports),
+        memory="blocks" if shards else "whole",
         embeddings=embeddings,
         expected_loss=planned.expected_loss,
         source=model.config.name_or_path or "",
@@ -151,13 +168,37 @@ def check_ranks(config: Config, windows: int, ranks: Ranks) -> None:
         )
 
 
+def _scratch(config: Config, unfinished: Unfinished | None, ranks: Ranks) -> str:
+    """Where the hidden states of a model that is read block by block go; ConfigError if it cannot be."""
+    if ranks.size > 1:
+        raise ConfigError(
+            f"each of {ranks.size} processes needs the whole model in memory; load it with memory whole"
+        )
+    if config.recovers_model:
+        raise ConfigError(
+            f"recover {config.recover} needs the compressed model and the original in memory, not one block; "
+            "use recover block, or load the model with memory whole"
+        )
+    if unfinished is None:
+        raise ConfigError(
+            "a model that is read block by block needs a folder for its finished blocks; pass "
+            "unfinished=pbsp.Unfinished(folder), or load it with memory whole"
+        )
+    if not packs(config.build()):
+        raise ConfigError(
+            f"method {config.method} has no packed layout, so its result has no place outside memory; load "
+            "the model with memory whole"
+        )
+    return str(unfinished.folder)
+
+
 def _settings(model: PreTrainedModel, config: Config, windows: Windows) -> dict[str, str]:
     """All that the result depends on, by name."""
     chosen = {name.replace("_", " "): str(value) for name, value in config.to_dict().items()}
     return {
         **chosen,
         "computed in": str(model.dtype).removeprefix("torch."),
-        "device": model.device.type,
+        "device": (shards_of(model) or model).device.type,
         "calibration text": windows.text,
         "calibration windows": f"{len(windows)} of {windows.context} tokens",
         "calibration seed": str(windows.seed),

@@ -26,8 +26,8 @@ from pbsp.models.precision import storage_dtype, stored_tensors
 from pbsp.pruning.pattern import format_patterns, parse_patterns
 from pbsp.quantization.rows import SCALE_BYTES
 from pbsp.storage.bits import CODES, TensorSpec
-from pbsp.storage.filesize import safetensors_bytes
 from pbsp.storage.planes import PlanesForm
+from pbsp.storage.safetensors_file import safetensors_bytes
 
 MEASURED_WINDOWS = 8
 """Windows that costs are measured on, and of which a backward pass holds hidden states at a time."""

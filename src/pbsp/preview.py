@@ -21,6 +21,7 @@ from pbsp.methods.planes import PlaneFit
 from pbsp.models.blocks import Block, decoder_blocks, linear_weight
 from pbsp.models.experts import split_experts
 from pbsp.models.precision import check_finite
+from pbsp.models.shards import resident, shards_of
 from pbsp.planning import check_request, file_bytes, make_plan, planned_bits
 
 _TRIED_ROWS = 64
@@ -36,7 +37,8 @@ class Preview:
         weight_bytes: of the weight file.
         expected_loss: nats per token, where costs were measured.
         seconds: about what calibrating and solving take, from trials on the first block.
-        memory_bytes: about the peak: the model, all windows' hidden states, one block's moments.
+        memory_bytes: about the peak: the model and all windows' hidden states, or its largest part where it
+            is read block by block; and one block's moments.
     """
 
     planes: dict[str, str]
@@ -73,6 +75,7 @@ def preview(
     split_experts(model)
     blocks = decoder_blocks(model)
     check_request(blocks, config)
+    corpus.check_model(model)
     check_finite(model)
     windows = corpus.windows(tokenizer, model, progress=partial(progress, "sample"))
     planned = make_plan(model, blocks, config, windows.tokens, progress=partial(progress, "plan"))
@@ -91,14 +94,14 @@ def _seconds(
 ) -> float:
     """Two passes of every window through every block, and every linear's solve, from the first block's."""
     first = blocks[0]
-    walk = Walk(model, blocks[:1], tokens[:1])
-    start = time.perf_counter()
-    walk.run(0, first.module, keep=False)
-    passing = time.perf_counter() - start
-    linears = first.linears()
-    start = time.perf_counter()
-    collect_moments(linears, lambda: walk.run(0, first.module, keep=False))
-    measuring = time.perf_counter() - start
+    walk = Walk(model, blocks, tokens[:1])
+    with resident(model, first.name):
+        start = time.perf_counter()
+        walk.run(0, first.module, keep=False)
+        passing = time.perf_counter() - start
+        start = time.perf_counter()
+        collect_moments(first.linears(), lambda: walk.run(0, first.module, keep=False))
+        measuring = time.perf_counter() - start
     rates: dict[tuple[int, int], float] = {}
     solving = 0.0
     for block in blocks:
@@ -108,19 +111,24 @@ def _seconds(
             rows, columns = linear_weight(module).shape
             key = columns, len(plan.patterns[name])
             if key not in rates:
-                some = linear_weight(module)[:_TRIED_ROWS].float()
-                start = time.perf_counter()
                 trial = PlaneFit(plan.patterns[name], method.block, method.damping, method.sweeps)
-                trial.compress(some, torch.eye(columns, device=some.device))
-                rates[key] = (time.perf_counter() - start) / len(some)
+                with resident(model, block.name):
+                    some = linear_weight(module)[:_TRIED_ROWS].float()
+                    start = time.perf_counter()
+                    trial.compress(some, torch.eye(columns, device=some.device))
+                    rates[key] = (time.perf_counter() - start) / len(some)
             solving += rates[key] * rows
     return len(blocks) * len(tokens) * (passing + measuring) + solving
 
 
 def _memory(model: PreTrainedModel, blocks: list[Block], tokens: Tensor) -> int:
     """Peak bytes while a block is solved."""
-    weights = sum(tensor.nbytes for tensor in model.parameters())
-    hidden = tokens.numel() * model.config.hidden_size * model.dtype.itemsize
+    shards = shards_of(model)
+    if shards:
+        held = max(shards.part_bytes().values())
+    else:
+        hidden = tokens.numel() * model.config.hidden_size * model.dtype.itemsize
+        held = sum(tensor.nbytes for tensor in model.parameters()) + hidden
     widths = {linear_weight(module).shape[1] for block in blocks for module in block.linears().values()}
     moments = 4 * sum(width**2 for width in widths) + 3 * 8 * max(widths) ** 2
-    return weights + hidden + moments
+    return held + moments

@@ -83,6 +83,20 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
+class BlockReport:
+    """What one decoder block took.
+
+    Attributes:
+        seconds: wall time of reading, measuring, solving and tuning it.
+        peak_rss_bytes: of the process so far: it need not grow from block to block.
+    """
+
+    name: str
+    seconds: float
+    peak_rss_bytes: int
+
+
+@dataclass(frozen=True)
 class Bits:
     """Bits per weight over a model's linear layers.
 
@@ -116,6 +130,8 @@ class CompressionReport:
         coarse: an allocation over blocks, where it was asked for.
         recovered: what tuning each block did, where that was asked for.
         distilled: what tuning the whole model did, where that was asked for.
+        blocks: time and memory of each; of those that an earlier run finished, what they took there.
+        memory: "blocks" if the model was read block by block, else "whole".
         embeddings: how the input embedding and the head are stored.
         expected_loss: nats per token that the plan was expected to add, where a budget chose it.
         source: the model that was compressed.
@@ -136,6 +152,8 @@ class CompressionReport:
     coarse: CoarseAllocation | None
     recovered: tuple[BlockRecovery, ...]
     distilled: ModelRecovery | None
+    blocks: tuple[BlockReport, ...]
+    memory: str
     embeddings: str
     expected_loss: float | None
     source: str
@@ -155,7 +173,14 @@ class CompressionReport:
     @staticmethod
     def from_dict(values: dict[str, Any]) -> "CompressionReport":
         """The inverse of `to_dict`; FormatError if it is not one of this version."""
-        later = {"recovered": [], "distilled": None, "embeddings": "16 bit", "processes": 1}  # not in the first reports
+        later = {
+            "recovered": [],
+            "distilled": None,
+            "embeddings": "16 bit",
+            "processes": 1,
+            "blocks": [],
+            "memory": "whole",
+        }  # not in the first reports
         try:
             values = {**later, **values}
             coarse = values["coarse"]
@@ -169,6 +194,7 @@ class CompressionReport:
             objects = {
                 "layers": tuple(LayerReport(**layer) for layer in values["layers"]),
                 "recovered": tuple(BlockRecovery(**block) for block in values["recovered"]),
+                "blocks": tuple(BlockReport(**block) for block in values["blocks"]),
                 "coarse": coarse,
                 "distilled": distilled,
             }

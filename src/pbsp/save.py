@@ -3,13 +3,20 @@
 import json
 from pathlib import Path
 
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from pbsp.allocation.planfile import KEPT, PLAN_FILE, plan_text
 from pbsp.errors import OutputError
+from pbsp.models.precision import stored_tensors
 from pbsp.models.quiet import quiet_libraries
+from pbsp.models.shards import shards_of
 from pbsp.report import CompressionReport
+from pbsp.storage.bits import TensorSpec
 from pbsp.storage.folder import check_output, new_folder
+from pbsp.storage.safetensors_file import write_safetensors
+from pbsp.unfinished import Unfinished
 
 REPORT_FILE = "pbsp_report.json"
 
@@ -42,19 +49,26 @@ def save_compressed(
     report: CompressionReport,
     *,
     overwrite: bool = False,
+    unfinished: Unfinished | None = None,
 ) -> None:
     """Write a model that `compress` has packed; `folder` appears only when it is whole.
 
+    Args:
+        unfinished: where `compress` has left the blocks of a model that is read block by block.
+
     Raises:
-        OutputError: see `check_target`; or the model is not packed, or the folder cannot be created, or
-            the disk is full.
+        OutputError: see `check_target`; or the model is not packed, or its blocks are not at hand, or the
+            folder cannot be created, or the disk is full.
     """
     if not report.packed:
         raise OutputError("the model is not packed: its method has no layout, only its bits are counted")
     check_target(Path(folder), source=report.source, overwrite=overwrite)
     with new_folder(Path(folder), overwrite=overwrite) as partial:
         with quiet_libraries():
-            model.save_pretrained(partial)
+            if shards_of(model):
+                _save_from_blocks(model, partial, unfinished)
+            else:
+                model.save_pretrained(partial)
             if tokenizer is not None:
                 tokenizer.save_pretrained(partial)
         text = json.dumps(report.to_dict(), indent=1)
@@ -64,6 +78,27 @@ def save_compressed(
             kept = dict.fromkeys(report.left_uncompressed, KEPT)
             (partial / PLAN_FILE).write_text(plan_text({**planes, **kept}), encoding="utf-8")
         (partial / "README.md").write_text(_model_card(report), encoding="utf-8")
+
+
+def _save_from_blocks(model: PreTrainedModel, folder: Path, unfinished: Unfinished | None) -> None:
+    """What `save_pretrained` writes, in one weight file, with one tensor of a block in memory at a time."""
+    shards = shards_of(model)
+    if unfinished is None or shards is None:
+        raise OutputError("the model was read block by block; pass the `unfinished` that compress was given")
+    numbers = {part: number for number, part in enumerate(shards.blocks)}
+    tensors = dict(stored_tensors(model))
+
+    def value(name: str) -> Tensor:
+        number = numbers.get(shards.part_of(name))
+        found = tensors[name] if number is None else unfinished.tensor(number, name)
+        return found.to(tensors[name].dtype)
+
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+    specs = [(name, TensorSpec(tuple(tensor.shape), tensor.dtype, "")) for name, tensor in tensors.items()]
+    write_safetensors(folder / SAFE_WEIGHTS_NAME, specs, value, metadata={"format": "pt"})
 
 
 def _model_card(report: CompressionReport) -> str:

@@ -1,11 +1,12 @@
 """The unfinished folder as all processes of a run see it: the first works in it, and tells the others."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from torch import Tensor
 
+from pbsp.calibration.states import States
 from pbsp.distributed import Ranks
 from pbsp.errors import RankError
 from pbsp.unfinished import FinishedBlock, Unfinished
@@ -62,15 +63,21 @@ class SharedUnfinished:
         """See `Unfinished.block`."""
         return self._ask(lambda folder: folder.block(index))
 
-    def hidden(self, index: int) -> list[Tensor]:
-        """The hidden states of this rank's windows behind a finished block."""
-        return self.ranks.scatter(self.folder.hidden(index) if self.folder else [])
+    def entries(self, index: int) -> dict[str, Any]:
+        """See `Unfinished.entries`."""
+        return self._ask(lambda folder: folder.entries(index))
 
-    def keep(self, index: int, block: FinishedBlock, hidden: list[Tensor]) -> None:
-        """See `Unfinished.keep`; `hidden` are this rank's."""
-        states = self.ranks.collect(hidden)
+    def hidden(self, index: int) -> Iterable[Tensor]:
+        """The hidden states of this rank's windows behind a finished block."""
+        if self.folder and self.ranks.size == 1:
+            return self.folder.hidden(index)
+        return self.ranks.scatter(list(self.folder.hidden(index)) if self.folder else [])
+
+    def keep(self, index: int, block: FinishedBlock, hidden: States, originals: States) -> None:
+        """See `Unfinished.keep`; `hidden` are this rank's, `originals` of one process alone."""
+        states = hidden if self.ranks.size == 1 else self.ranks.collect(list(hidden))
         if self.folder:
-            self.folder.keep(index, block, states)
+            self.folder.keep(index, block, states, originals)
 
     def _ask(self, what: Callable[[Unfinished], T]) -> T:
         """The folder's answer, on all ranks."""

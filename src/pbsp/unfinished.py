@@ -4,7 +4,7 @@ settings.json                  what the run was started with
 plan.json                      the planes of every layer, once they are chosen
 weights.safetensors            weights of tokens, where the plan has them; written before it
 block-0003.json                its layers' entries and reports, SHA-256 of the two files below; written last
-block-0003.safetensors         its packed tensors, or the values where no layout holds them
+block-0003.safetensors         all its tensors: the packed ones, norms, biases, what stays as it is
 hidden-0003.safetensors        the hidden states behind it; those of the last two blocks are kept
 tuning.pt                      the state of tuning the whole model, every few steps
 lock                           held by the process that works here
@@ -12,19 +12,21 @@ lock                           held by the process that works here
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pbsp.errors import FormatError, OutputError
 from pbsp.recovery.tuning_file import TuningFile
+from pbsp.storage.bits import TensorSpec
 from pbsp.storage.claims import claim, read_object, write_whole
+from pbsp.storage.safetensors_file import write_safetensors
 
 _WEIGHTS = "weights.safetensors"
 _HIDDEN_KEPT = 2
@@ -94,20 +96,43 @@ class Unfinished:
 
     def block(self, index: int) -> FinishedBlock:
         """The results of a finished block."""
-        entries = read_object(self._file("block", index, "json"))["entries"]
-        return FinishedBlock(load_file(self._file("block", index)), entries)
+        return FinishedBlock(load_file(self._file("block", index)), self.entries(index))
 
-    def hidden(self, index: int) -> list[Tensor]:
-        """Every window's hidden states behind a finished block."""
-        states = load_file(self._file("hidden", index))
-        return [states[f"{window:06d}"] for window in range(len(states))]
+    def entries(self, index: int) -> dict[str, Any]:
+        """The plain values of a finished block's results."""
+        return read_object(self._file("block", index, "json"))["entries"]
 
-    def keep(self, index: int, block: FinishedBlock, hidden: list[Tensor]) -> None:
-        """Keep a block's results; OutputError if the disk is full."""
-        states = {f"{window:06d}": state.contiguous() for window, state in enumerate(hidden)}
+    def tensor(self, index: int, name: str) -> Tensor:
+        """One of a finished block's tensors."""
+        return _read(self._file("block", index), name)
+
+    def hidden(self, index: int) -> Iterator[Tensor]:
+        """Every window's hidden states behind a finished block, one window in memory at a time."""
+        file = self._file("hidden", index)
+        with safe_open(file, framework="pt") as opened:
+            windows = len(opened.keys())
+        return (_read(file, f"{window:06d}") for window in range(windows))
+
+    def keep(self, index: int, block: FinishedBlock, *hidden: Sequence[Tensor]) -> None:
+        """Keep a block's results, and the hidden states behind it.
+
+        Args:
+            hidden: of every window, one after another; more than one sequence where there are several walks.
+
+        Raises:
+            OutputError: the disk is full.
+        """
+        places = [(states, window) for states in hidden for window in range(len(states))]
+
+        def state(name: str) -> Tensor:
+            states, window = places[int(name)]
+            return states[window]
+
+        like = TensorSpec(tuple(hidden[0][0].shape), hidden[0][0].dtype, "")
+        every = [(f"{number:06d}", like) for number in range(len(places))]
         digests = {
-            "hidden": self._write("hidden", index, states),
-            "block": self._write("block", index, block.tensors),
+            "hidden": self._write("hidden", index, every, state),
+            "block": self._write("block", index, _specs(block.tensors), block.tensors.__getitem__),
         }
         written = json.dumps({"entries": block.entries, "sha256": digests})
         write_whole(self._file("block", index, "json"), written)
@@ -134,12 +159,14 @@ class Unfinished:
     def _file(self, kind: str, index: int, suffix: str = "safetensors") -> Path:
         return self.folder / f"{kind}-{index:04d}.{suffix}"
 
-    def _write(self, kind: str, index: int, tensors: dict[str, Tensor]) -> str:
+    def _write(
+        self, kind: str, index: int, specs: list[tuple[str, TensorSpec]], values: Callable[[str], Tensor]
+    ) -> str:
         file = self._file(kind, index)
         try:
-            save_file(tensors, file)
+            write_safetensors(file, specs, values)
             return _digest(file)
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             raise OutputError(f"{file} cannot be written: {error}") from None
 
     def _whole(self, index: int, kind: str) -> bool:
@@ -149,6 +176,16 @@ class Unfinished:
             return values["sha256"][kind] == _digest(self._file(kind, index))
         except (FormatError, OSError, KeyError, TypeError):
             return False
+
+
+def _specs(tensors: Mapping[str, Tensor]) -> list[tuple[str, TensorSpec]]:
+    return [(name, TensorSpec(tuple(tensor.shape), tensor.dtype, "")) for name, tensor in tensors.items()]
+
+
+def _read(file: Path, name: str) -> Tensor:
+    """A copy of one tensor; nothing of the file stays mapped into memory."""
+    with safe_open(file, framework="pt", backend="pread") as opened:
+        return opened.get_tensor(name)
 
 
 def _digest(file: Path) -> str:

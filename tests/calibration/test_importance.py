@@ -99,10 +99,10 @@ def test_outlier_ratios_equal_a_slow_loop(name):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @torch.no_grad()
-def test_inputs_that_are_not_finite_name_their_linear(value):
+def test_inputs_that_are_not_finite_name_their_block(value):
     model = tiny_model()
     model.model.layers[1].input_layernorm.weight[3] = value
-    with pytest.raises(CalibrationError, match=r"model\.layers\.1\.self_attn\.q_proj: its inputs"):
+    with pytest.raises(CalibrationError, match=r"model\.layers\.1: "):
         outlier_ratios(model, decoder_blocks(model), tiny_tokens())
 
 

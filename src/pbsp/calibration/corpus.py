@@ -11,6 +11,7 @@ from pbsp.calibration.sampling import Progress, sample_windows, start_token
 from pbsp.calibration.texts import Part, Text, read_text
 from pbsp.calibration.windows import Windows, check_fit, draw_windows, tokens_digest, whole_windows
 from pbsp.errors import ConfigError, CorpusError
+from pbsp.models.shards import shards_of
 
 SELF = "self"
 _STREAMS: dict[Part, int] = {"calibration": 0, "evaluation": 1}
@@ -39,6 +40,15 @@ class Corpus:
     def __post_init__(self) -> None:
         _check_numbers(self.samples, self.context, self.seed)
 
+    def check_model(self, model: PreTrainedModel) -> None:
+        """Raise CorpusError, before any work, if `windows` cannot be had from this model."""
+        check_fit(model, self.context)
+        if self.name == SELF and shards_of(model):
+            raise CorpusError(
+                "calibration text `self` cannot be sampled from a model that is read block by block: every "
+                "token would read all of it; choose c4 or a text file with --calibration, or --memory whole"
+            )
+
     def windows(
         self,
         tokenizer: PreTrainedTokenizerBase | None,
@@ -60,7 +70,7 @@ class Corpus:
         Raises:
             CorpusError: the text is missing, empty, too short, or not this model's.
         """
-        check_fit(model, self.context)
+        self.check_model(model)
         if self.name == SELF:
             return _sampled(self, tokenizer, model, part="calibration", progress=progress)
         characters = self.samples * self.context * _CHARACTERS_PER_TOKEN

@@ -9,9 +9,11 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from pbsp.calibration.states import States, copied, no_states
 from pbsp.calibration.walk import Walk
 from pbsp.errors import CalibrationError, ModelError
 from pbsp.models.blocks import Block
+from pbsp.models.shards import OUTSIDE, resident
 
 Watch = Callable[[int, str, Tensor, Tensor], None]
 """(window, linear, its input (1, tokens, in), the gradient at its output (1, tokens, out)) → nothing."""
@@ -21,11 +23,11 @@ class BackwardWalk:
     """One forward pass over all windows, then the gradients of each block's linears, the last block first.
 
     The loss of a window is the sum of its tokens' negative log likelihoods, so a token's gradient does
-    not depend on how many others there are. Held in memory are the hidden states of all windows before
-    every block, windows × context × features × blocks numbers, and the graph of one block and window.
+    not depend on how many others there are. Held are the hidden states of all windows before every block,
+    windows × context × features × blocks numbers, see `States`, and the graph of one block and window.
 
     Args:
-        model: on its device, in evaluation mode.
+        model: on its device, or read block by block; in evaluation mode.
         blocks: all its decoder blocks, in order.
         tokens: calibration windows, (windows, context).
 
@@ -34,15 +36,19 @@ class BackwardWalk:
     """
 
     def __init__(self, model: PreTrainedModel, blocks: list[Block], tokens: Int64[Tensor, "windows context"]):
+        self._model = model
         self._blocks = blocks
         self._walk = Walk(model, blocks, tokens)
-        self._entries: list[list[Tensor]] = []
+        self._entries: list[States] = []
         for index, block in enumerate(blocks):
-            self._entries.append(list(self._walk.hidden))
-            self._walk.run(index, block.module, keep=True)
-        rest = _Rest(model, blocks, tokens[:1], self._walk.hidden[0])
-        pairs = zip(tokens, self._walk.hidden, strict=True)
-        self._gradients = [rest.gradient(window[None], output) for window, output in pairs]
+            self._entries.append(copied(model, self._walk.hidden))
+            with resident(model, block.name):
+                self._walk.run(index, block.module, keep=True)
+        self._gradients = no_states(model)
+        with resident(model, OUTSIDE):
+            rest = _Rest(model, blocks, tokens[:1], self._walk)
+            for window, output in zip(tokens, self._walk.hidden, strict=True):
+                self._gradients.append(rest.gradient(window[None], output))
         self._next = len(blocks) - 1
 
     def step(self, watch: Watch) -> None:
@@ -51,7 +57,11 @@ class BackwardWalk:
         Raises:
             CalibrationError: a gradient is not finite; names the block.
         """
-        index = self._next
+        with resident(self._model, self._blocks[self._next].name):
+            self._step(self._next, watch)
+        self._next -= 1
+
+    def _step(self, index: int, watch: Watch) -> None:
         block = self._blocks[index]
         for window, hidden in enumerate(self._entries.pop()):
             with torch.enable_grad():
@@ -66,7 +76,6 @@ class BackwardWalk:
             for (name, inputs, _), gradient in zip(calls, found[1:], strict=True):
                 if gradient is not None:
                     watch(window, name, inputs, gradient)
-        self._next -= 1
 
 
 @contextmanager
@@ -89,27 +98,23 @@ class _Rest:
     """What follows the decoder blocks: the final norm and the head, run alone.
 
     Raises:
-        ModelError: they do not give the model's own logits for the first window.
+        ModelError: what the norm returns then differs from the model's own for the first window.
     """
 
     def __init__(
-        self, model: PreTrainedModel, blocks: list[Block], first: Int64[Tensor, "1 context"], output: Tensor
+        self, model: PreTrainedModel, blocks: list[Block], first: Int64[Tensor, "1 context"], walk: Walk
     ):
         self._model = model
         self._modules = [block.module for block in blocks]
-        kinds: list[bool] = []
-        with self._modules[-1].register_forward_hook(
-            lambda module, args, output: kinds.append(isinstance(output, tuple))
-        ):
-            expected = self._logits(first)
-        self._tuples = kinds[0]
-        with _skipped(self._modules, self._returned(output)):
-            found = self._logits(first)
+        self._tuples = walk.first.tuples
+        expected = walk.first.output
+        with _skipped(self._modules, self._returned(walk.hidden[0])):
+            found = model.base_model(input_ids=first.to(model.device), use_cache=False)[0]
         error = float((found - expected).double().norm() / expected.double().norm().clamp_min(1e-30))
         if not error <= 1e-2:
             raise ModelError(
-                f"what follows the decoder blocks of {type(model).__name__} cannot be run alone (its logits "
-                f"differ by {error:.2g}); gradients are not to be had: use weighting plain or attention"
+                f"what follows the decoder blocks of {type(model).__name__} cannot be run alone (its output "
+                f"differs by {error:.2g}); gradients are not to be had: use weighting plain or attention"
             )
 
     def gradient(

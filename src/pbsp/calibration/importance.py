@@ -1,19 +1,20 @@
-"""How important each decoder block is: what coarse allocations rank by. One pass over the original each."""
+"""How important each decoder block is: what coarse allocations rank by. One walk over the original each."""
 
 import math
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pbsp.calibration.walk import block_input, hidden_of
+from pbsp.calibration.walk import Walk
 from pbsp.distributed import ALONE, Ranks
 from pbsp.errors import CalibrationError
 from pbsp.models.blocks import Block, is_listed, linear_weight
+from pbsp.models.shards import resident
 from pbsp.pruning.scores import ScoreInputs, si
 
 _OUTLYING = 6  # times the mean of a linear's scores
@@ -29,10 +30,8 @@ def block_cosines(
 ) -> list[float]:
     """Each block's mean cosine between the hidden states before and behind it, over all tokens.
 
-    One forward pass of the model as it is; a walk that has been started is not touched.
-
     Args:
-        model: the original, on its device, in evaluation mode.
+        model: the original, in evaluation mode.
         blocks: its decoder blocks.
         tokens: calibration windows.
         ranks: processes that share the windows.
@@ -40,27 +39,16 @@ def block_cosines(
     Raises:
         CalibrationError: a block's hidden states are not finite; names the block.
     """
-    totals = [0.0] * len(blocks)
-    before: dict[int, Tensor] = {}
-
-    def entry(index: int) -> Callable[..., None]:
-        def entered(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            before[index] = block_input(args, kwargs)
-
-        return entered
-
-    def exit_(index: int) -> Callable[..., None]:
-        def left(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            totals[index] += float(token_cosines(before.pop(index), hidden_of(output)).sum())
-
-        return left
-
-    with ExitStack() as hooks:
-        for index, block in enumerate(blocks):
-            hooks.enter_context(block.module.register_forward_pre_hook(entry(index), with_kwargs=True))
-            hooks.enter_context(block.module.register_forward_hook(exit_(index)))
-        _run(model, tokens, ranks)
-    totals = [math.fsum(parts) for parts in zip(*ranks.gather(totals), strict=True)]
+    walk = _walk(model, blocks, tokens, ranks)
+    found = []
+    for index, block in enumerate(blocks):
+        total = 0.0
+        with resident(model, block.name):
+            for window, before in enumerate(walk.hidden):
+                walk.hidden[window] = walk.replay(index, block.module, before)
+                total += float(token_cosines(before, walk.hidden[window]).sum())
+        found.append(total)
+    totals = [math.fsum(parts) for parts in zip(*ranks.gather(found), strict=True)]
     for block, total in zip(blocks, totals, strict=True):
         if not math.isfinite(total):
             raise CalibrationError(f"{block.name}: its hidden states are NaN or infinite on the text")
@@ -100,31 +88,43 @@ def outlier_ratios(
 
     Source: STBLLM (arXiv 2408.01803), after OWL (arXiv 2310.05175).
     """
+    walk = _walk(model, blocks, tokens, ranks)
+    ratios = []
+    for index, block in enumerate(blocks):
+        with resident(model, block.name):
+            energies = _input_energies(block, partial(walk.run, index, block.module, keep=True), ranks)
+            ratios.append(
+                _outlier_ratio(block, {name: sums / tokens.numel() for name, sums in energies.items()})
+            )
+    return ratios
+
+
+def _input_energies(block: Block, run: Callable[[], None], ranks: Ranks) -> dict[str, Tensor]:
+    """The sums of squares of each linear's inputs over the tokens that all ranks' `run` call it on."""
     energies: dict[str, Tensor] = {}
 
     def watch(name: str) -> Callable[..., None]:
         def before(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            energy = args[0].reshape(-1, args[0].shape[-1]).float().square().sum(0) / tokens.numel()
+            energy = args[0].reshape(-1, args[0].shape[-1]).float().square().sum(0)
             energies[name] = energies[name] + energy if name in energies else energy
 
         return before
 
     with ExitStack() as hooks:
-        for block in blocks:
-            for name, module in block.linears().items():
-                hooks.enter_context(module.register_forward_pre_hook(watch(name)))
-        _run(model, tokens, ranks)
+        for name, module in block.linears().items():
+            hooks.enter_context(module.register_forward_pre_hook(watch(name)))
+        run()
     summed: dict[str, Tensor] = {}
     for found in ranks.gather(energies):
         for name, energy in found.items():
             summed[name] = summed[name] + energy if name in summed else energy
-    return [_outlier_ratio(block, summed) for block in blocks]
+    return summed
 
 
-def _run(model: PreTrainedModel, tokens: Int64[Tensor, "windows context"], ranks: Ranks) -> None:
-    """Forward passes over this rank's windows."""
-    for window in ranks.part(len(tokens)):
-        model.base_model(input_ids=tokens[window, None].to(model.device), use_cache=False)
+def _walk(model: PreTrainedModel, blocks: list[Block], tokens: Tensor, ranks: Ranks) -> Walk:
+    """Over this rank's windows."""
+    own = ranks.part(len(tokens))
+    return Walk(model, blocks, tokens[own.start : own.stop])
 
 
 def _outlier_ratio(block: Block, energies: dict[str, Tensor]) -> float:

@@ -13,6 +13,7 @@ from pbsp.calibration.gradients import BackwardWalk
 from pbsp.calibration.moment import Moment
 from pbsp.distributed import ALONE, Ranks
 from pbsp.models.blocks import Block, linear_weight
+from pbsp.models.shards import resident
 
 _CUT = 0.999
 
@@ -54,7 +55,8 @@ def measure_sensitivities(
 
     Args:
         tokens: the loss is the model's own on them.
-        visit: told one linear at a time; the sensitivities of one block alone are held.
+        visit: told one linear at a time, while its block's weights are in memory; the sensitivities of
+            one block alone are held.
         progress: told blocks done and blocks in all.
         ranks: processes that share the windows, and the linears: each `visit`s a part of these, dealt as if
             a visit inverts the moment.
@@ -69,12 +71,15 @@ def measure_sensitivities(
             progress(done, len(blocks))
         linears = block.linears()
         gathered: dict[str, _Gathered] = {}
-        if walk:  # there may be more ranks than windows
-            walk.step(partial(_gather, gathered, linears))
-        merged = _over_ranks(gathered, linears, ranks)
-        owners = ranks.deal([linear_weight(linears[name]).shape[1] ** 3 for name in merged])
-        for (name, sums), owner in zip(merged.items(), owners, strict=True):
-            if owner == ranks.rank:
+        with resident(model, block.name):
+            if walk:  # there may be more ranks than windows
+                walk.step(partial(_gather, gathered, linears))
+            merged = _over_ranks(gathered, linears, ranks)
+            owners = ranks.deal([linear_weight(linears[name]).shape[1] ** 3 for name in merged])
+            own_sums = [
+                sums for sums, owner in zip(merged.items(), owners, strict=True) if owner == ranks.rank
+            ]
+            for name, sums in own_sums:
                 visit(name, sums.sensitivity())
 
 

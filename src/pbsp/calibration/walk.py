@@ -1,7 +1,6 @@
 """The block-by-block walk: each decoder block is called alone, with the arguments its model gave it."""
 
-from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +9,10 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from pbsp.calibration.states import States, no_states
 from pbsp.errors import CalibrationError, ModelError
 from pbsp.models.blocks import Block
+from pbsp.models.shards import OUTSIDE, resident
 
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}  # relative RMS; 16-bit types round at 1e-2
 
@@ -41,9 +42,13 @@ class Walk:
     """The hidden states of all calibration windows at the entrance of one block, moved on block by block.
 
     Args:
-        model: on its device, in evaluation mode.
+        model: on its device, or read block by block; in evaluation mode.
         blocks: all its decoder blocks, in order.
         tokens: calibration windows, (windows, context).
+
+    Attributes:
+        hidden: every window's hidden states.
+        first: what the model's own forward did with the first window.
 
     Raises:
         CalibrationError: the model's own hidden states are not finite; names the block.
@@ -52,13 +57,16 @@ class Walk:
     """
 
     def __init__(self, model: PreTrainedModel, blocks: list[Block], tokens: Int64[Tensor, "windows context"]):
-        self._calls, states = _record_first_window(model, blocks, tokens[:1])
-        _verify(blocks, self._calls, states)
-        first = _first_inputs(model, blocks[0], tokens, self._calls[0])
-        self.hidden = list(first)
+        self.hidden: States = no_states(model)
+        with resident(model, OUTSIDE):
+            self.first = _walk_first_window(model, blocks, tokens[:1])
+            _add_first_inputs(self.hidden, model, blocks[0], tokens, self.first.calls[0])
 
     def run(self, index: int, block: nn.Module, *, keep: bool) -> None:
-        """Call block `index`, as `block`, on every window; with `keep` its outputs are the next inputs."""
+        """Call block `index`, as `block`, on every window; with `keep` its outputs are the next inputs.
+
+        The block's weights are in memory, see `resident`.
+        """
         for window, hidden in enumerate(self.hidden):
             output = self.replay(index, block, hidden)
             if keep:
@@ -66,17 +74,12 @@ class Walk:
 
     def replay(self, index: int, block: nn.Module, hidden: Float[Tensor, "1 tokens features"]) -> Tensor:
         """What block `index`, as `block`, makes of one window's hidden states."""
-        return self._calls[index].replay(block, hidden)
+        return self.first.calls[index].replay(block, hidden)
 
 
 def hidden_of(output: Any) -> Tensor:
     """A block's hidden states, whether it returns them alone or first of a tuple."""
     return output[0] if isinstance(output, tuple) else output
-
-
-def block_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The hidden states that a block is called with."""
-    return _split_call(args, kwargs)[0]
 
 
 def _split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, BlockCall]:
@@ -87,44 +90,74 @@ def _split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, 
     return rest.pop("hidden_states"), BlockCall((), rest, "hidden_states")
 
 
-def _record_first_window(
-    model: PreTrainedModel, blocks: list[Block], tokens: Tensor
-) -> tuple[list[BlockCall], list[Tensor]]:
-    """Every block's call in the model's own forward, and the hidden states before, between and after them."""
-    calls: list[BlockCall] = []
-    states: list[Tensor] = []
-
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden, call = _split_call(args, kwargs)
-        calls.append(call)
-        states.append(hidden.clone())
-
-    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        states.append(hidden_of(output).clone())
-
+def _walk_first_window(model: PreTrainedModel, blocks: list[Block], tokens: Tensor) -> "FirstWindow":
+    """Run the model on the first window, and each block once more by itself where the model has called it."""
+    watch = FirstWindow(blocks)
     with ExitStack() as hooks:
-        for block in blocks:
+        parts = hooks.enter_context(ExitStack())  # the one block that is called
+        for index, block in enumerate(blocks):
+
+            def before(
+                module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = block.name
+            ) -> None:
+                if not watch.replaying:
+                    parts.enter_context(resident(model, name))
+                    watch.enter(args, kwargs)
+
+            def after(module: nn.Module, args: tuple[Any, ...], output: Any, index: int = index) -> None:
+                if not watch.replaying:
+                    watch.leave(index, output)
+                    parts.close()
+
             hooks.enter_context(block.module.register_forward_pre_hook(before, with_kwargs=True))
-        hooks.enter_context(blocks[-1].module.register_forward_hook(after))
-        model.base_model(input_ids=tokens.to(model.device), use_cache=False)
-    if len(calls) != len(blocks):
+            hooks.enter_context(block.module.register_forward_hook(after))
+        watch.output = model.base_model(input_ids=tokens.to(model.device), use_cache=False)[0]
+    if len(watch.calls) != len(blocks):
         raise ModelError(
-            f"{type(model).__name__} called its {len(blocks)} decoder blocks {len(calls)} times in one pass; "
-            "only models that call each block once can be compressed"
+            f"{type(model).__name__} called its {len(blocks)} decoder blocks {len(watch.calls)} times in one "
+            "pass; only models that call each block once can be compressed"
         )
-    return calls, states
+    return watch
 
 
-def _verify(blocks: list[Block], calls: list[BlockCall], states: list[Tensor]) -> None:
-    """Walk the first window through all blocks and compare with the model's own hidden states."""
-    hidden = states[0]
-    for block, call, expected in zip(blocks, calls, states[1:], strict=True):
+class FirstWindow:
+    """The model's own forward on one window, compared with a walk through its blocks as it goes on.
+
+    Attributes:
+        calls: of every block.
+        tuples: whether the last block returns one.
+        output: what the model without its head returns.
+        replaying: whether a block is being called by the walk.
+    """
+
+    def __init__(self, blocks: list[Block]) -> None:
+        self.calls: list[BlockCall] = []
+        self.tuples = False
+        self.output = torch.empty(0)
+        self.replaying = False
+        self._blocks = blocks
+        self._walked: Tensor | None = None
+
+    def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The model calls its next block."""
+        hidden, call = _split_call(args, kwargs)
+        self.calls.append(call)
+        if self._walked is None:
+            self._walked = hidden.clone()
+
+    def leave(self, index: int, output: Any) -> None:
+        """Block `index` has returned; walk through it, and compare the hidden states."""
+        block, expected = self._blocks[index], hidden_of(output)
+        self.tuples = isinstance(output, tuple)
         if not bool(torch.isfinite(expected).all()):
             raise CalibrationError(
                 f"{block.name}: the model's own output there is NaN or infinite on the text"
             )
-        hidden = call.replay(block.module, hidden)
-        error = float((hidden - expected).double().norm() / expected.double().norm().clamp_min(1e-30))
+        assert self._walked is not None, "it has been entered"
+        self.replaying = True
+        self._walked = self.calls[-1].replay(block.module, self._walked)
+        self.replaying = False
+        error = float((self._walked - expected).double().norm() / expected.double().norm().clamp_min(1e-30))
         if not error <= _TOLERANCE.get(expected.dtype, 1e-2):
             raise ModelError(
                 f"calling {block.name} alone gives other hidden states than the model's own forward "
@@ -132,11 +165,10 @@ def _verify(blocks: list[Block], calls: list[BlockCall], states: list[Tensor]) -
             )
 
 
-def _first_inputs(
-    model: PreTrainedModel, block: Block, tokens: Tensor, expected: BlockCall
-) -> Iterator[Tensor]:
-    """Each window's hidden states at the first block; the forward pass is left there."""
-    seen: list[Tensor] = []
+def _add_first_inputs(
+    into: States, model: PreTrainedModel, block: Block, tokens: Tensor, expected: BlockCall
+) -> None:
+    """Add each window's hidden states at the first block; the forward pass is left there."""
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden, call = _split_call(args, kwargs)
@@ -144,15 +176,13 @@ def _first_inputs(
             raise ModelError(
                 f"{block.name} is called with other arguments for another window of equal length"
             )
-        seen.append(hidden.clone())
+        into.append(hidden.clone())
         raise _FirstBlockReached
 
     with block.module.register_forward_pre_hook(before, with_kwargs=True):
         for window in tokens:
-            try:
+            with suppress(_FirstBlockReached):
                 model.base_model(input_ids=window[None].to(model.device), use_cache=False)
-            except _FirstBlockReached:
-                yield seen.pop()
 
 
 def _same(left: Any, right: Any) -> bool:

@@ -8,6 +8,7 @@ from transformers.pytorch_utils import Conv1D
 from pbsp.errors import FormatError
 from pbsp.packed_linear import PackedLinear
 from pbsp.storage.checkpoint import LayerEntry, packed_digest
+from pbsp.storage.layouts import Form
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -60,7 +61,7 @@ def check_place(model: PreTrainedModel, name: str, entry: LayerEntry) -> None:
         )
 
 
-def empty_linear(replaced: nn.Module, entry: LayerEntry) -> PackedLinear:
+def empty_linear(replaced: nn.Module, form: Form) -> PackedLinear:
     """A packed linear without values, for the place of `replaced`."""
     bias_dtype = replaced.bias.dtype if isinstance(replaced.bias, torch.Tensor) else None
-    return PackedLinear(entry.form, bias_dtype=bias_dtype, device="meta")
+    return PackedLinear(form, bias_dtype=bias_dtype, device="meta")

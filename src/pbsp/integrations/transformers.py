@@ -130,7 +130,7 @@ class PbspHfQuantizer(HfQuantizer):
         layers = {names.module_name(name): entry for name, entry in self._config.layers.items()}
         for name, entry in layers.items():
             check_place(model, name, entry)
-            replace_module(model, name, empty_linear(model.get_submodule(name), entry))
+            replace_module(model, name, empty_linear(model.get_submodule(name), entry.form))
         embeddings = {names.module_name(name): entry for name, entry in self._config.embeddings.items()}
         if model.get_output_embeddings() is None:  # a base model has no place for the head's
             places = dict(model.named_modules())
@@ -201,10 +201,15 @@ register_quantization_config(METHOD)(PbspQuantizationConfig)
 register_quantizer(METHOD)(PbspHfQuantizer)
 
 
-def attach(model: PreTrainedModel, config: PbspQuantizationConfig) -> None:
+def attach(
+    model: PreTrainedModel, config: PbspQuantizationConfig, *, layers: Mapping[str, LayerEntry] | None = None
+) -> None:
     """Make `save_pretrained` write a model whose linears were replaced as a compressed one.
 
     `config.layers` is filled in from the model's packed linears; call it again if they change.
+
+    Args:
+        layers: the entries, where the packed linears have no values to make them from.
 
     Raises:
         FormatError: no module of the model is packed.
@@ -212,7 +217,8 @@ def attach(model: PreTrainedModel, config: PbspQuantizationConfig) -> None:
     packed = {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
     if not packed:
         raise FormatError("the model has no packed linear, so there is nothing to save in packed form")
-    config.layers = {name: packed_entry(module) for name, module in packed.items()}
+    known = layers or {}
+    config.layers = {name: known.get(name) or packed_entry(module) for name, module in packed.items()}
     config.embeddings = embedding_entries(model)
     quantizer = PbspHfQuantizer(config, pre_quantized=True)
     for attribute, value in (

@@ -66,6 +66,11 @@ class ExpertLinears(nn.ModuleList):
         inner: Any = fused._apply_gate if fused.has_gate else fused.act_fn
         return pair[_DOWN](inner(pair[self.first](hidden_states)))  # pyright: ignore[reportCallIssue]
 
+    @property
+    def emptied(self) -> nn.Module:
+        """The module that stood here; its parameters have no values."""
+        return self._fused[0]
+
     def fused(self) -> nn.Module:
         """The module that stood here, with the linears' present values; they must be dense."""
         (fused,) = self._fused

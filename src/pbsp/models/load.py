@@ -14,7 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from pbsp.errors import ConfigError, ModelError
 from pbsp.models.folder import check_folder, half_dtype, has_tokenizer, weight_bytes, weight_files
 from pbsp.models.gguf import BUILTIN, builtin_file, converted_folder
+from pbsp.models.memory import in_blocks
 from pbsp.models.quiet import quiet_libraries
+from pbsp.models.shards import Shards
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
@@ -59,7 +61,12 @@ class LoadedModel:
 
 
 def load_model(
-    source: str, *, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto"
+    source: str,
+    *,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    memory: str = "whole",
+    tokens: int = 0,
 ) -> LoadedModel:
     """Load a causal language model, compressed or not, and its tokenizer.
 
@@ -68,6 +75,9 @@ def load_model(
         device: "auto" is the GPU if there is one, else the CPU.
         dtype: of the weights; "auto" is float32 on the CPU, where 16-bit products are slower, and the
             source's own type elsewhere.
+        memory: "whole"; or "blocks", to be compressed with one decoder block in memory at a time; or
+            "auto", blocks where the model and the hidden states of `tokens` would not fit, see `memory`.
+        tokens: that will be calibrated on.
 
     Raises:
         ModelError: the source is not found, incomplete, damaged or of an unknown architecture.
@@ -78,7 +88,10 @@ def load_model(
     start = time.perf_counter()
     folder, source_bytes = _folder_of(source)
     converted = time.perf_counter()
-    model = _load_folder(source, folder, device=chosen, dtype=chosen_dtype)
+    itemsize = chosen_dtype.itemsize if isinstance(chosen_dtype, torch.dtype) else 2
+    by_blocks = in_blocks(memory, folder, device=chosen, itemsize=itemsize, tokens=tokens)
+    load = _load_blocks if by_blocks else _load_folder
+    model = load(source, folder, device=chosen, dtype=chosen_dtype)
     tokenizer = _load_tokenizer(source, folder)
     seconds = {"convert": converted - start, "load": time.perf_counter() - converted}
     return LoadedModel(model, tokenizer, source, half_dtype(folder), source_bytes, seconds)
@@ -123,6 +136,20 @@ def _hub_folder(source: str) -> Path:
             f"{source!r} is not a folder here, and the Hub cannot be reached to look for it; {known}"
         ) from None
     return folder
+
+
+def _load_blocks(source: str, folder: Path, *, device: torch.device, dtype: object) -> PreTrainedModel:
+    """The model without its weights, which are read part by part when they are used."""
+    files = weight_files(folder)
+    if files[0].suffix != ".safetensors":
+        raise ModelError(
+            f"{source} has .bin weights, which cannot be read block by block; convert them to safetensors "
+            "(save_pretrained does), or use --memory whole"
+        )
+    empty = _load_folder(source, folder, device=torch.device("meta"), dtype=dtype)
+    if getattr(empty, "is_quantized", False):
+        raise ModelError("the model is already quantized; compress the original instead")
+    return Shards(empty, files, device).model
 
 
 def _load_folder(source: str, folder: Path, *, device: torch.device, dtype: object) -> PreTrainedModel:

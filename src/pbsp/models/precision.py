@@ -1,24 +1,23 @@
 """The values of a model's weights: whether all are finite, and which 16-bit type can hold them."""
 
-import hashlib
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pbsp.errors import ConfigError, ModelError
+from pbsp.errors import ConfigError
+from pbsp.models.shards import shards_of
+from pbsp.models.survey import check_tensor, largest_value, once_each, tensors_digest
 
 
 def check_finite(model: PreTrainedModel) -> None:
     """Raise ModelError, naming the layer, if a weight is NaN or infinite."""
+    if shards := shards_of(model):
+        _ = shards.survey
+        return
     for name, parameter in model.named_parameters():
-        bad = parameter.numel() - int(torch.isfinite(parameter).sum())
-        if bad:
-            raise ModelError(
-                f"{name.removesuffix('.weight')}: {bad} of {parameter.numel()} weights are NaN or infinite; "
-                "the source is damaged"
-            )
+        check_tensor(name, parameter)
 
 
 def storage_dtype(model: PreTrainedModel, requested: str) -> torch.dtype:
@@ -34,11 +33,8 @@ def storage_dtype(model: PreTrainedModel, requested: str) -> torch.dtype:
         return torch.bfloat16
     if requested == "auto" and model.dtype in (torch.float16, torch.bfloat16):
         return model.dtype
-    largest = max(
-        float(parameter.detach().abs().max())
-        for parameter in model.parameters()
-        if parameter.is_floating_point()
-    )
+    shards = shards_of(model)
+    largest = shards.survey.largest if shards else max(map(largest_value, _floats(model)))
     if largest <= torch.finfo(torch.float16).max:
         return torch.float16
     if requested == "float16":
@@ -56,17 +52,14 @@ def cast_stored(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 def stored_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     """What `save_pretrained` writes, by its first name; a tensor with two names comes once."""
-    seen: set[int] = set()
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            yield name, tensor
+    return once_each(model.state_dict(keep_vars=True).items())
 
 
 def weights_digest(model: PreTrainedModel) -> str:
     """SHA-256 of the names and bytes of all stored tensors."""
-    digest = hashlib.sha256()
-    for name, tensor in stored_tensors(model):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    shards = shards_of(model)
+    return shards.survey.digest if shards else tensors_digest(stored_tensors(model))
+
+
+def _floats(model: PreTrainedModel) -> Iterator[Tensor]:
+    return (parameter for parameter in model.parameters() if parameter.is_floating_point())
