@@ -184,7 +184,7 @@ class Shards:
             if self.part_of(target) != OUTSIDE or self.part_of(source) != OUTSIDE:
                 raise ModelError(
                     f"{target} shares its weight with {source}, so the model cannot be read block by block; "
-                    "use memory whole"
+                    "use --memory whole"
                 )
 
     def _fill_buffers(self) -> None:
