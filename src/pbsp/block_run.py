@@ -113,7 +113,8 @@ class BlockRun:
             for window, hidden in enumerate(self.originals):
                 self.originals[window] = walk.replay(index, block.module, hidden)
         with timed(self.seconds, "solve"):
-            solved = solve_linears(linears, moments.inputs | stand_ins.inputs, self.planned.plan, self.config)
+            moments.inputs.update(stand_ins.inputs)
+            solved = solve_linears(linears, moments.inputs, self.planned.plan, self.config)
             shared = self.planned.plan.same_as.values()
             self.solved |= {name: result for name, result in solved.items() if name in shared}
             solved |= self.solved
