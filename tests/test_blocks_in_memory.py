@@ -1,18 +1,22 @@
 """A model that is read block by block is compressed to the same bytes as one that is in memory as a whole."""
 
 import copy
+import json
+import subprocess
+import sys
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 import pbsp
 from pbsp.calibration.windows import Windows
+from pbsp.cli import main
 from pbsp.config import Config
 from pbsp.errors import ConfigError, CorpusError, ModelError, OutputError
 from pbsp.models.load import load_model
 from pbsp.unfinished import Unfinished
-from tiny import CONFIGS, tiny_model, tiny_tokens
+from tiny import CONFIGS, tiny_model, tiny_tokenizer, tiny_tokens
 
 WINDOWS = Windows(tiny_tokens(4, 32), text="random", split="test", text_digest="0")
 
@@ -149,3 +153,78 @@ def test_what_cannot_be_read_block_by_block_is_refused_in_a_line(tmp_path):
     run(source, tmp_path / "out", "whole", pattern="4:8")
     with pytest.raises(ModelError, match="already"):
         load_model(str(tmp_path / "out"), memory="blocks")
+
+
+def command(capsys, *arguments):
+    """Exit code, stdout and stderr of `pbsp compress`."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        main(["compress", *map(str, arguments)])
+    return ended.value.code, *capsys.readouterr()
+
+
+def test_the_command_goes_block_by_block_by_itself_where_memory_is_short(tmp_path, capsys, monkeypatch):
+    source = source_of("llama", tmp_path / "source")
+    tiny_tokenizer().save_pretrained(source)
+    (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 40)
+    text = ["--calibration", tmp_path / "text.txt", "--samples", "2", "--context", "16", "--pattern", "4:8"]
+    code, output, _ = command(capsys, source, "-o", tmp_path / "whole", *text)
+    assert code == 0
+    assert "model in memory as a whole" in output
+    monkeypatch.setattr("pbsp.models.memory.free_bytes", lambda device: 200_000)
+    code, output, _ = command(capsys, source, "-o", tmp_path / "blocks", *text)
+    assert code == 0
+    assert "2 blocks, " in output
+    assert "model read block by block" in output
+    assert same(tmp_path / "whole", tmp_path / "blocks")
+    code, output, _ = command(capsys, source, "-o", tmp_path / "third", *text, "--memory", "whole", "--json")
+    assert json.loads(output)["memory"] == "whole"
+    assert [block["name"] for block in json.loads(output)["blocks"]] == ["model.layers.0", "model.layers.1"]
+    code, output, _ = command(capsys, source, *text, "--dry-run", "--json")
+    assert code == 0
+    needed = json.loads(output)["memory_bytes"]
+    monkeypatch.undo()
+    _, output, _ = command(capsys, source, *text, "--dry-run", "--json")
+    assert needed < json.loads(output)["memory_bytes"]
+    kept = {"source", "text.txt", "whole", "blocks", "third"}
+    assert {path.name for path in tmp_path.iterdir()} == kept
+
+
+def test_the_command_refuses_in_a_line_and_leaves_nothing(tmp_path, capsys):
+    source = source_of("llama", tmp_path / "source")
+    arguments = [source, "-o", tmp_path / "out", "--memory", "blocks", "--samples", "2", "--context", "16"]
+    code, _, errors = command(capsys, *arguments, "--calibration", "self")
+    assert (code, errors.count("\n")) == (2, 1)
+    assert "`self` cannot be sampled" in errors
+    code, _, errors = command(capsys, source, "-o", tmp_path / "out", "--memory", "disk")
+    assert (code, "memory 'disk' is unknown" in errors) == (2, True)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+MEMORY = """
+import sys, torch, pbsp
+from pathlib import Path
+from pbsp.calibration.windows import Windows
+from pbsp.resources import peak_rss_bytes
+model = pbsp.load_model(sys.argv[1], memory="blocks").model
+tokens = torch.randint(0, 256, (16, 128), generator=torch.Generator().manual_seed(0))
+windows = Windows(tokens, text="random", split="test", text_digest="0")
+unfinished = pbsp.Unfinished(Path(sys.argv[2]))
+before = peak_rss_bytes()
+config = pbsp.Config(pattern="4:8", options={"sweeps": 0})
+report = pbsp.compress(model, None, config, corpus=windows, unfinished=unfinished)
+pbsp.save_compressed(model, None, sys.argv[2] + ".out", report, unfinished=unfinished)
+print(peak_rss_bytes() - before, before)
+"""
+
+
+@pytest.mark.slow
+def test_the_peak_is_that_of_a_block_whatever_the_models_size(tmp_path):
+    """40 blocks of 10.5 MB in float32, 420 MB in all."""
+    config = LlamaConfig(
+        vocab_size=256, hidden_size=512, intermediate_size=1024, num_hidden_layers=40, num_attention_heads=8
+    )
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "source")
+    arguments = [sys.executable, "-c", MEMORY, str(tmp_path / "source"), str(tmp_path / "kept")]
+    result = subprocess.run(arguments, capture_output=True, text=True, check=True)
+    assert int(result.stdout.split()[0]) < 150e6, result.stdout

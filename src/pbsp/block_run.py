@@ -127,8 +127,8 @@ class BlockRun:
             self.plain_because |= moments.plain_because
             self.uncalibrated |= stand_ins.reasons
         with timed(self.seconds, "solve"):
-            inputs = moments.inputs | stand_ins.inputs
-            solved = solve_linears(linears, inputs, self.planned.plan, self.config, ranks=self.ranks)
+            moments.inputs.update(stand_ins.inputs)
+            solved = solve_linears(linears, moments.inputs, self.planned.plan, self.config, ranks=self.ranks)
             shared = self.planned.plan.same_as.values()
             self.solved |= {name: result for name, result in solved.items() if name in shared}
             solved |= self.solved

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -122,7 +123,7 @@ class Shards:
                 settings = LoadStateDictConfig(
                     device_map={"": self.device},
                     dtype=self._empty.dtype,
-                    weight_mapping=get_model_conversion_mapping(self._empty),
+                    weight_mapping=self._weight_mapping(),
                 )
                 found, _ = convert_and_load_state_dict_in_model(
                     model=self._empty, state_dict=state, load_config=settings, disk_offload_index=None
@@ -135,6 +136,10 @@ class Shards:
         if found.conversion_errors or found.mismatched_keys:
             raise ModelError(f"the weights of {part or 'the model'} in its files are not those of its config")
         self._hand_over(part)
+
+    def _weight_mapping(self) -> Any:
+        """As transformers makes it; its own types for it differ."""
+        return get_model_conversion_mapping(self._empty)
 
     def _hand_over(self, part: str) -> None:
         """Move a part's tensors from the empty model to the one in use, experts as linears."""
@@ -184,7 +189,7 @@ class Shards:
             if self.part_of(target) != OUTSIDE or self.part_of(source) != OUTSIDE:
                 raise ModelError(
                     f"{target} shares its weight with {source}, so the model cannot be read block by block; "
-                    "use memory whole"
+                    "use --memory whole"
                 )
 
     def _fill_buffers(self) -> None:
@@ -211,7 +216,8 @@ def resident(model: nn.Module, part: str) -> AbstractContextManager[None]:
 def _put(model: nn.Module, name: str, tensor: Tensor) -> None:
     module_name, _, leaf = name.rpartition(".")
     module = model.get_submodule(module_name)
-    (module._buffers if leaf in module._buffers else module._parameters)[leaf] = tensor
+    place: Any = module._buffers if leaf in module._buffers else module._parameters
+    place[leaf] = tensor
 
 
 def _clear(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> None:
