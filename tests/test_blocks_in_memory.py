@@ -207,11 +207,11 @@ from pathlib import Path
 from pbsp.calibration.windows import Windows
 from pbsp.resources import peak_rss_bytes
 model = pbsp.load_model(sys.argv[1], memory="blocks").model
-tokens = torch.randint(0, 256, (16, 128), generator=torch.Generator().manual_seed(0))
+tokens = torch.randint(0, 256, (4, 64), generator=torch.Generator().manual_seed(0))
 windows = Windows(tokens, text="random", split="test", text_digest="0")
 unfinished = pbsp.Unfinished(Path(sys.argv[2]))
 before = peak_rss_bytes()
-config = pbsp.Config(pattern="4:8", options={"sweeps": 0})
+config = pbsp.Config(pattern="1:8", options={"sweeps": 0}, weighting="plain")
 report = pbsp.compress(model, None, config, corpus=windows, unfinished=unfinished)
 pbsp.save_compressed(model, None, sys.argv[2] + ".out", report, unfinished=unfinished)
 print(peak_rss_bytes() - before, before)

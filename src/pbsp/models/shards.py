@@ -11,11 +11,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -113,6 +112,7 @@ class Shards:
         files: dict[Path, list[str]] = defaultdict(list)
         for file, key in self._stored[part]:
             files[file].append(key)
+        conversions = get_model_conversion_mapping(self._empty)
         try:
             with ExitStack() as opened, quiet_libraries():
                 state = {}
@@ -123,7 +123,7 @@ class Shards:
                 settings = LoadStateDictConfig(
                     device_map={"": self.device},
                     dtype=self._empty.dtype,
-                    weight_mapping=self._weight_mapping(),
+                    weight_mapping=conversions,  # pyright: ignore[reportArgumentType] - typed too narrowly
                 )
                 found, _ = convert_and_load_state_dict_in_model(
                     model=self._empty, state_dict=state, load_config=settings, disk_offload_index=None
@@ -131,15 +131,11 @@ class Shards:
                 if part == OUTSIDE:
                     self._empty.tie_weights(missing_keys=set(found.missing_keys), recompute_mapping=False)
                     self.model.all_tied_weights_keys = self._empty.all_tied_weights_keys
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             raise ModelError(f"the weights of {part or 'the model'} cannot be read: {error}") from None
         if found.conversion_errors or found.mismatched_keys:
             raise ModelError(f"the weights of {part or 'the model'} in its files are not those of its config")
         self._hand_over(part)
-
-    def _weight_mapping(self) -> Any:
-        """As transformers makes it; its own types for it differ."""
-        return get_model_conversion_mapping(self._empty)
 
     def _hand_over(self, part: str) -> None:
         """Move a part's tensors from the empty model to the one in use, experts as linears."""
@@ -216,8 +212,10 @@ def resident(model: nn.Module, part: str) -> AbstractContextManager[None]:
 def _put(model: nn.Module, name: str, tensor: Tensor) -> None:
     module_name, _, leaf = name.rpartition(".")
     module = model.get_submodule(module_name)
-    place: Any = module._buffers if leaf in module._buffers else module._parameters
-    place[leaf] = tensor
+    if isinstance(tensor, nn.Parameter):
+        module._parameters[leaf] = tensor
+    else:
+        module._buffers[leaf] = tensor
 
 
 def _clear(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> None:
