@@ -32,7 +32,15 @@ ALLOWED = {
         "packed_linear",
         "packed_embedding",
     },
-    "recovery": {"errors", "binarization", "integrations", "packed_linear"},
+    "recovery": {
+        "errors",
+        "models",
+        "pruning",
+        "binarization",
+        "evaluation",
+        "integrations",
+        "packed_linear",
+    },
 }
 
 
