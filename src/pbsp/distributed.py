@@ -191,7 +191,7 @@ def _written(value: Any) -> bytes:
 
 
 def _read(written: bytes, device: str) -> Any:
-    def own(storage: torch.UntypedStorage, location: str) -> torch.UntypedStorage:
+    def own(storage: Any, location: str) -> Any:
         return storage if location == "cpu" else storage.cuda(torch.device(device).index)
 
     return torch.load(io.BytesIO(written), map_location=own, weights_only=False)
