@@ -106,7 +106,7 @@ def test_an_uncompressed_block_is_adapted_to_other_inputs():
 
 
 def windows():
-    return Windows(tiny_tokens(24, 32), text="random", split="test", text_digest="0")
+    return Windows(tiny_tokens(48, 32), text="random", split="test", text_digest="0")
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
