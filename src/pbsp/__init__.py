@@ -13,6 +13,7 @@ from pbsp.evaluation.perplexity import evaluate, evaluate_all
 from pbsp.evaluation.tasks import evaluate_tasks
 from pbsp.inspection import inspect_folder
 from pbsp.models.load import load_model
+from pbsp.recover import recover
 from pbsp.save import save_compressed
 from pbsp.unfinished import Unfinished
 
@@ -31,5 +32,6 @@ __all__ = [
     "inspect_folder",
     "load_model",
     "read_plan",
+    "recover",
     "save_compressed",
 ]
