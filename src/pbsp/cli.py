@@ -23,6 +23,12 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on stdout.")]
 _SEED_HELP = "Of sampling and of the choice of text windows."
 Seed = Annotated[int, typer.Option(help=_SEED_HELP)]
+TextSeed = Annotated[int | None, typer.Option(help=_SEED_HELP)]
+Calibration = Annotated[str | None, typer.Option(help="self, c4, wikitext2 or a text file.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the model in the output folder.")]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on where an interrupted run stopped (OUTPUT.unfinished).")
+]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -95,21 +101,16 @@ def compress(
     config: Annotated[
         str | None, typer.Option(help="TOML file with these options; the command line wins.")
     ] = None,
-    calibration: Annotated[str | None, typer.Option(help="self, c4, wikitext2 or a text file.")] = None,
+    calibration: Calibration = None,
     samples: Annotated[int | None, typer.Option(help="Calibration windows.")] = None,
     context: Annotated[int | None, typer.Option(help="Tokens of a calibration window.")] = None,
-    seed: Annotated[int | None, typer.Option(help=_SEED_HELP)] = None,
+    seed: TextSeed = None,
     device: Device = "auto",
     memory: Annotated[
         str, typer.Option(help="Hold the whole model, or blocks: one decoder block at a time; or auto.")
     ] = "auto",
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the model in the output folder.")
-    ] = False,
-    resume: Annotated[
-        bool,
-        typer.Option("--resume", help="Go on where an interrupted run stopped (OUTPUT.unfinished)."),
-    ] = False,
+    overwrite: Overwrite = False,
+    resume: Resume = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan and the size to the byte; write nothing.")
     ] = False,
@@ -205,7 +206,7 @@ def compare(
     patterns: Annotated[
         str, typer.Option(help="Separated by commas: of rows that need a pattern and name none.")
     ] = "4:8",
-    calibration: Annotated[str | None, typer.Option(help="self, c4, wikitext2 or a text file.")] = None,
+    calibration: Calibration = None,
     samples: Annotated[int | None, typer.Option(help="Calibration windows.")] = None,
     context: Annotated[int | None, typer.Option(help="Tokens of a calibration window.")] = None,
     windows: Annotated[int, typer.Option(help="First windows of each text; 0 for all.")] = 40,
@@ -241,22 +242,18 @@ def recover(
     output: Annotated[
         str, typer.Option("--output", "-o", help="Folder to write; new or empty, see --overwrite.")
     ],
-    calibration: Annotated[str | None, typer.Option(help="self, c4, wikitext2 or a text file.")] = None,
+    calibration: Calibration = None,
     samples: Annotated[int | None, typer.Option(help="Windows; one in 16 is held out.")] = None,
     context: Annotated[int | None, typer.Option(help="Tokens of a window.")] = None,
-    seed: Annotated[int | None, typer.Option(help=_SEED_HELP)] = None,
+    seed: TextSeed = None,
     epochs: Annotated[int, typer.Option(help="Passes over the windows.")] = 1,
     rate: Annotated[float, typer.Option(help="Largest step of scales, relative, and of norms.")] = 1e-2,
     code_rate: Annotated[
         float, typer.Option(help="Largest step towards another code, in scales; 0 leaves codes alone.")
     ] = 0.0,
     device: Device = "auto",
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the model in the output folder.")
-    ] = False,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on where an interrupted run stopped (OUTPUT.unfinished).")
-    ] = False,
+    overwrite: Overwrite = False,
+    resume: Resume = False,
     json: Json = False,
 ) -> None:
     """Tune a compressed model until its predictions are near the original's; it stays as small."""
