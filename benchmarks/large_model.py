@@ -6,7 +6,7 @@ block's time, the process's peak memory, and an estimate for 7B, 13B and 70B. So
 weights as on trained ones; quality cannot be read off them. docs/results.md, section "Large models".
 
     python benchmarks/large_model.py FOLDER [--blocks 4] [--samples 8] [--context 512] [--pattern 4:8]
-        [--sweeps 3]
+        [--sweeps 3] [--weighting auto]
 """
 
 import argparse
@@ -123,6 +123,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--pattern", default="4:8")
     parser.add_argument("--sweeps", type=int, default=3)
+    parser.add_argument("--weighting", default="auto")
     given = parser.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)
     if not (given.folder / "model").is_dir():
@@ -134,7 +135,7 @@ def main() -> None:
     letters = random.Random(0).choices("abcdefghijklmnopqrstuvwxyz ", k=2 * given.samples * given.context)
     (given.folder / "text.txt").write_text("".join(letters))
     text = ["--samples", str(given.samples), "--context", str(given.context), "--pattern", given.pattern]
-    text += ["--set", f"sweeps={given.sweeps}"]
+    text += ["--set", f"sweeps={given.sweeps}", "--weighting", given.weighting]
     found = run(given.folder, text)
     for block in found["blocks"]:
         print(

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import pbsp
+from pbsp import planning
 from pbsp.calibration.corpus import Corpus
 from pbsp.calibration.windows import Windows
 from pbsp.config import Config
@@ -116,6 +117,51 @@ def test_weights_do_not_depend_on_how_many_windows_go_back_at_a_time(monkeypatch
     for name, weights in found[0].items():
         assert weights.shape == (80,)
         torch.testing.assert_close(weights, found[1][name])
+
+
+def test_several_budgets_are_measured_once_and_give_the_plans_they_give_alone(monkeypatch):
+    calls = []
+
+    def counted(name):
+        original = getattr(planning, name)
+
+        def called(*args, **settings):
+            calls.append(name)
+            return original(*args, **settings)
+
+        return called
+
+    for name in ("measure_costs", "gradient_lengths"):
+        monkeypatch.setattr(planning, name, counted(name))
+    monkeypatch.setattr(planning, "MEASURED_WINDOWS", 2)
+    model, measured = tiny_model("llama"), planning.Measured()
+
+    def planned(bits, measured=None):
+        config = Config(bits=bits)
+        with torch.no_grad():
+            return make_plan(model, decoder_blocks(model), config, windows().tokens, measured=measured)
+
+    together = [planned(bits, measured) for bits in (1.0, 2.25)]
+    assert calls == ["measure_costs", "gradient_lengths"]
+    for bits, plan in zip((1.0, 2.25), together, strict=True):
+        alone = planned(bits)
+        assert plan.to_dict() == alone.to_dict()
+        assert plan.token_weights.keys() == alone.token_weights.keys()
+        assert all(
+            torch.equal(plan.token_weights[name], alone.token_weights[name]) for name in alone.token_weights
+        )
+    assert together[0].plan != together[1].plan
+    assert len(calls) == 6
+
+
+def test_other_settings_are_measured_again():
+    model, measured = tiny_model("llama"), planning.Measured()
+    with torch.no_grad():
+        plans = [
+            make_plan(model, decoder_blocks(model), config, windows().tokens, measured=measured)
+            for config in (Config(bits=1.5), Config(bits=1.5, options={"block": 32}))
+        ]
+    assert plans[0].expected_loss != plans[1].expected_loss
 
 
 def test_a_mixture_of_experts_fits_its_budget():

@@ -13,6 +13,7 @@ from pbsp.evaluation.perplexity import evaluate, evaluate_all
 from pbsp.evaluation.tasks import evaluate_tasks
 from pbsp.inspection import inspect_folder
 from pbsp.models.load import load_model
+from pbsp.planning import Measured
 from pbsp.recover import recover
 from pbsp.save import save_compressed
 from pbsp.unfinished import Unfinished
@@ -21,6 +22,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Config",
     "Corpus",
+    "Measured",
     "PbspError",
     "Unfinished",
     "compress",

@@ -21,7 +21,7 @@ from pbsp.models.blocks import decoder_blocks, linear_weight
 from pbsp.models.experts import split_experts
 from pbsp.models.precision import cast_stored, check_finite, storage_dtype, weights_digest
 from pbsp.models.shards import OUTSIDE, shards_of
-from pbsp.planning import Planned, check_request, make_plan
+from pbsp.planning import Measured, Planned, check_request, make_plan
 from pbsp.recovery.model import MODEL_TUNING, recover_model
 from pbsp.report import Bits, CompressionReport
 from pbsp.resources import peak_rss_bytes
@@ -38,6 +38,7 @@ def compress(
     corpus: Corpus | Windows | None = None,
     progress: Progress | None = None,
     unfinished: Unfinished | None = None,
+    measured: Measured | None = None,
     ranks: Ranks = ALONE,
 ) -> CompressionReport:
     """Replace the linear layers of the model's decoder blocks by packed N:M binary planes, in place.
@@ -57,6 +58,8 @@ def compress(
         unfinished: where to keep every finished block, and to find those of an earlier run with the same
             settings, which are not done again; the result is the same. Only with a method that packs. Of
             several processes the first alone gives it.
+        measured: pass the same to calls that differ in their config alone, and what several of them need for
+            their plans is measured once.
         ranks: processes that share the work. All make this call, and all end with the compressed model.
 
     Raises:
@@ -98,7 +101,10 @@ def compress(
     with timed(seconds, "plan"):
         if kept is None:
             planned = make_plan(
-                model, blocks, config, corpus.tokens, progress=partial(tell, "plan"), ranks=ranks
+                *(model, blocks, config, corpus.tokens),
+                progress=partial(tell, "plan"),
+                measured=measured,
+                ranks=ranks,
             )
         else:
             planned = Planned.from_dict(*kept)

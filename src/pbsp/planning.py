@@ -1,8 +1,9 @@
 """From what a config asks for to the planes of every linear layer: given, uniform, by block, or measured."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Int64
@@ -31,6 +32,25 @@ from pbsp.storage.safetensors_file import safetensors_bytes
 
 MEASURED_WINDOWS = 8
 """Windows that costs are measured on, and of which a backward pass holds hidden states at a time."""
+
+T = TypeVar("T")
+
+
+class Measured:
+    """What has been measured on one model and its windows, for the plans of several configs.
+
+    A backward pass over 32 windows takes as long as all the rest of a compression; budgets that differ
+    in bits alone need one.
+    """
+
+    def __init__(self) -> None:
+        self._found: dict[Hashable, Any] = {}
+
+    def once(self, key: Hashable, measure: Callable[[], T]) -> T:
+        """What `measure` returned when it was first called with this key."""
+        if key not in self._found:
+            self._found[key] = measure()
+        return self._found[key]
 
 
 @dataclass(frozen=True)
@@ -88,6 +108,7 @@ def make_plan(
     tokens: Int64[Tensor, "windows context"],
     *,
     progress: Callable[[int, int], None] | None = None,
+    measured: Measured | None = None,
     ranks: Ranks = ALONE,
 ) -> Planned:
     """The planes of every linear layer.
@@ -95,6 +116,7 @@ def make_plan(
     Args:
         tokens: calibration windows; only some allocations look at them.
         progress: told the steps done, and all, of those that do.
+        measured: by earlier calls with the same model and windows; what this one measures is added.
         ranks: processes that share the windows; the first chooses, and the plan is the same on all.
 
     Raises:
@@ -102,24 +124,28 @@ def make_plan(
         PatternError: patterns do not tile the rows.
         CalibrationError, ModelError: see `measure_costs`.
     """
-    measured = MEASURED_WINDOWS if config.budgeted else 0
+    measured = measured or Measured()
+    first = MEASURED_WINDOWS if config.budgeted else 0
     weighted = config.moment_weighting == "gradient"
-    rest = tokens[measured:] if weighted else tokens[:0]
+    rest = tokens[first:] if weighted else tokens[:0]
     own = ranks.part(len(rest))
     groups = [group for group in rest[own.start : own.stop].split(MEASURED_WINDOWS) if len(group)]
-    parts = len(groups) + bool(measured)
+    parts = len(groups) + bool(first)
     steps = [_step(progress, part, parts) for part in range(parts)]
     costs, lengths = None, []
     if config.budgeted:
         method = config.build()
         assert isinstance(method, PlaneFit), "the config has checked it"
-        costs = measure_costs(
-            model, blocks, tokens[:measured], method, strict=config.strict, progress=steps[0], ranks=ranks
+        costs = measured.once(
+            (method, config.strict),
+            lambda: measure_costs(
+                model, blocks, tokens[:first], method, strict=config.strict, progress=steps[0], ranks=ranks
+            ),
         )
         lengths = [costs.lengths] if weighted else []
     found = [
-        gradient_lengths(model, blocks, group, progress=step)
-        for group, step in zip(groups, steps[bool(measured) :], strict=True)
+        measured.once((first, part), partial(gradient_lengths, model, blocks, group, progress=step))
+        for part, (group, step) in enumerate(zip(groups, steps[bool(first) :], strict=True))
     ]
     lengths += [part for one in ranks.gather(found) for part in one]
     importances = _importances(model, blocks, config, tokens, ranks)

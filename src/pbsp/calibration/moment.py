@@ -54,9 +54,10 @@ class Moment:
         self.tokens = tokens
 
     def mean(self) -> Float[Tensor, "in in"]:
-        """Σ x xᵀ / tokens, symmetric."""
+        """Σ x xᵀ / tokens, symmetric. To be taken once, of what is complete."""
         assert self._total is not None
-        return self._total / self.tokens
+        total, self._total = self._total, None  # divided in place: of 11,008 features it is 0.5 GB
+        return total.div_(self.tokens)
 
 
 def moments_over_ranks(

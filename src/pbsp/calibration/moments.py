@@ -64,7 +64,8 @@ def collect_moments(
             hooks.enter_context(module.register_forward_pre_hook(hook(name)))
         run()
     moments = moments_over_ranks(moments, linears, ranks)
-    means = {id(moment): moment.mean() for moment in moments.values()}
+    apart = {id(moment): moment for moment in moments.values()}
+    means = {key: moment.mean() for key, moment in apart.items()}
     for name, moment in moments.items():
         if not bool(torch.isfinite(means[id(moment)]).all()):
             raise CalibrationError(f"{name}: its inputs are NaN or infinite on the calibration text")

@@ -3,7 +3,7 @@
 import copy
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -22,6 +22,7 @@ from pbsp.evaluation.result import Evaluation
 from pbsp.models.folder import weight_bytes
 from pbsp.models.load import LoadedModel
 from pbsp.models.precision import stored_tensors
+from pbsp.planning import Measured
 from pbsp.report import CompressionReport
 from pbsp.save import save_compressed
 
@@ -111,6 +112,7 @@ class _Run:
 
     Attributes:
         texts: with what the original predicted on each; the original itself where that was not kept.
+        measured: of the original on the calibration text.
     """
 
     loaded: LoadedModel
@@ -118,6 +120,7 @@ class _Run:
     calibration: Windows
     texts: list[tuple[Windows, Predictions | PreTrainedModel]]
     keep_models: bool
+    measured: Measured = field(default_factory=Measured)
 
     def result(self, row: Row, tell: Callable[..., None]) -> RowResult:
         """The row's numbers, or why there are none."""
@@ -130,6 +133,7 @@ class _Run:
                 self.loaded.tokenizer,
                 config,
                 corpus=self.calibration,
+                measured=self.measured,
                 progress=lambda stage, done, total: tell(stage, done, total, _COMPRESSING * done / total),
             )
             report = replace(report, source=self.loaded.source, source_bytes=self.loaded.source_bytes)
