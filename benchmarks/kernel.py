@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from pbsp.binarization.planes import block_count
+from pbsp.compiled import activations, kernel_name
 from pbsp.kernels.bandwidth import read_bandwidth
-from pbsp.kernels.library import activations, kernel_name
 from pbsp.kernels.product import planes_linear
 from pbsp.kernels.runtime import RuntimePlanes
 from pbsp.pruning.pattern import Pattern, parse_patterns

@@ -1,5 +1,26 @@
 """Check every jaxtyping annotation of the package while it is tested."""
 
+import pytest
 from jaxtyping import install_import_hook
 
 hook = install_import_hook("pbsp", "beartype.beartype")
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    """Chooses the kernel and the activations of later products, and forgets the choice after the test."""
+
+    from pbsp import compiled  # not before the hook is there
+
+    def choose(name=None, activations=None):
+        for variable, value in (("PBSP_KERNEL", name), ("PBSP_ACTIVATIONS", activations)):
+            if value is None:
+                monkeypatch.delenv(variable, raising=False)
+            else:
+                monkeypatch.setenv(variable, value)
+        compiled.kernel_name.cache_clear()
+        compiled.activations.cache_clear()
+
+    yield choose
+    compiled.kernel_name.cache_clear()
+    compiled.activations.cache_clear()

@@ -9,14 +9,15 @@ SOURCE = Path(__file__).parent.parent / "src" / "pbsp"
 LOW = {"errors", "pruning", "binarization", "quantization", "solver"}
 ALLOWED = {
     "errors": set(),
+    "compiled": {"errors"},
     "pruning": {"errors"},
-    "binarization": {"errors", "pruning"},
+    "binarization": {"errors", "compiled", "pruning"},
     "solver": {"errors"},
     "methods": LOW,
     "quantization": {"binarization"},
     "storage": {"errors", "pruning", "binarization", "quantization"},
-    "kernels": {"errors", "pruning", "binarization", "quantization", "storage"},
-    "packed_linear": {"errors", "pruning", "binarization", "storage", "kernels"},
+    "kernels": {"errors", "compiled", "pruning", "binarization", "quantization", "storage"},
+    "packed_linear": {"errors", "compiled", "pruning", "binarization", "storage", "kernels"},
     "models": {"errors"},
     "torchrun": {"errors"},
     "distributed": {"errors", "torchrun"},

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from pbsp.compiled import activations, kernel_of
 from pbsp.console import print_json, print_tables
 from pbsp.evaluation.speed import Speed, check_sizes, measure_speed
 from pbsp.kernels.bandwidth import read_bandwidth
-from pbsp.kernels.library import activations, kernel_of
 from pbsp.models.load import load_model
 from pbsp.packed_linear import PackedLinear
 

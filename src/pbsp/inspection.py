@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from pbsp.compiled import kernel_of
 from pbsp.errors import FormatError, ModelError
 from pbsp.integrations.transformers import METHOD, PbspQuantizationConfig
-from pbsp.kernels.library import kernel_of
 from pbsp.models.experts import split_experts
 from pbsp.models.folder import check_folder
 from pbsp.models.load import LOAD_ERRORS, one_line
@@ -52,7 +52,7 @@ class Inspection:
         file_bytes: all files of the folder.
         bytes_by_kind: the same bytes by what they hold.
         source_bytes: the weights file that was compressed, where the report knows it.
-        kernels: what computes products with each layout on this machine's CPU, see `kernels.library`.
+        kernels: what computes products with each layout on this machine's CPU, see `compiled`.
         layers: the packed layers; their output errors are those that `compress` recorded, NaN if it did not.
     """
 

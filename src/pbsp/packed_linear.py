@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from pbsp.compiled import DTYPES, REFERENCE, kernel_name
 from pbsp.errors import FormatError
 from pbsp.kernels import reference
-from pbsp.kernels.library import DTYPES, REFERENCE, kernel_name
 from pbsp.kernels.product import planes_linear
 from pbsp.kernels.runtime import RuntimePlanes, form_numbers
 from pbsp.pruning.pattern import format_patterns

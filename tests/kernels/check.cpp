@@ -137,6 +137,47 @@ void check(const Case& with) {
   }
 }
 
+// The best code by trying all, against what the library finds.
+void check_search(int kept, int group, int64_t rows) {
+  const Case with{{kept, group}, rows, group, group};
+  std::normal_distribution<float> normal;
+  std::vector<float> correlation(group * rows), metric(group * group), scale(rows);
+  for (float& number : correlation) number = normal(noise);
+  for (int i = 0; i < group; ++i) {
+    for (int j = 0; j <= i; ++j) metric[i * group + j] = metric[j * group + i] = (i == j ? 1.0f : 0.1f * normal(noise));
+  }
+  for (float& number : scale) number = std::fabs(normal(noise));
+  for (const char* kernel : {"avx512", "avx2", "neon", "portable"}) {
+    if (!pbsp_supports(kernel)) continue;
+    std::vector<float> codes(group * rows);
+    expect(pbsp_best_codes(kernel, kept, group, correlation.data(), metric.data(), scale.data(), codes.data(), rows,
+                           2) == 0, "memory", with, kernel);
+    for (int64_t row = 0; row < rows; ++row) {
+      const auto loss = [&](const float* code, int64_t step) {
+        double energy = 0, dot = 0;
+        for (int i = 0; i < group; ++i) {
+          dot += code[i * step] * correlation[i * rows + row];
+          for (int j = 0; j < group; ++j) energy += code[i * step] * metric[i * group + j] * code[j * step];
+        }
+        return scale[row] * energy - 2 * dot;
+      };
+      double best = HUGE_VAL;
+      int64_t all = 1;
+      for (int i = 0; i < group; ++i) all *= 3;
+      for (int64_t number = 0; number < all; ++number) {
+        std::vector<float> code(group);
+        int used = 0;
+        for (int64_t i = 0, left = number; i < group; ++i, left /= 3) {
+          code[i] = static_cast<float>(left % 3 - 1);
+          used += code[i] != 0;
+        }
+        if (used == kept) best = std::fmin(best, loss(code.data(), 1));
+      }
+      expect(std::fabs(loss(codes.data() + row, rows) - best) <= 1e-4, "search", with, kernel);
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -154,6 +195,9 @@ int main() {
   check({{11, 12}, 2, 1200, 192});
   check({{1, 200}, 2, 400, 400});
   check({{4, 8}, 300, 1024, 128});  // large enough for two threads
+  for (const int64_t rows : {1, 15, 33}) {
+    for (int kept = 1; kept <= 6; ++kept) check_search(kept, 6, rows);
+  }
   std::printf("%d failures\n", failures);
   return failures ? 1 : 0;
 }

@@ -15,7 +15,7 @@ import sys
 import warnings
 sys.meta_path[:] = [finder for finder in sys.meta_path if isinstance(finder, type)]  # no editable installs
 import torch
-from pbsp.kernels import library
+from pbsp import compiled
 from pbsp.packed_linear import PackedLinear
 from random_planes import random_planes
 
@@ -26,7 +26,7 @@ with warnings.catch_warnings(record=True) as caught:
     for _ in range(2):
         torch.testing.assert_close(PackedLinear.of(planes)(x), x @ planes.dense().T, rtol=1e-4, atol=1e-4)
 said = [warning for warning in caught if "compiled kernels" in str(warning.message)]
-print(library.__file__, library.kernel_name(), len(said))
+print(compiled.__file__, compiled.kernel_name(), len(said))
 """
 
 

@@ -9,16 +9,17 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pbsp.kernels import library, product
+from pbsp import compiled
+from pbsp.kernels import product
 from pbsp.kernels.product import planes_linear
 from pbsp.kernels.runtime import RuntimePlanes
 from pbsp.packed_linear import PackedLinear
 from pbsp.storage.planes import pack_planes
 from random_planes import random_planes
 
-pytestmark = pytest.mark.skipif(not library.loaded(), reason="pbsp was installed without a compiler")
+pytestmark = pytest.mark.skipif(not compiled.loaded(), reason="pbsp was installed without a compiler")
 RUNNABLE = [
-    name for name in library.KERNELS if library.loaded() and library.library().pbsp_supports(name.encode())
+    name for name in compiled.KERNELS if compiled.loaded() and compiled.library().pbsp_supports(name.encode())
 ]
 PATTERNS = [
     "2:16",

@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from pbsp.kernels.library import KERNELS, library, loaded
+from pbsp.compiled import KERNELS, library, loaded
 from pbsp.kernels.rows import rows_linear
 from pbsp.quantization.rows import dequantize_rows, quantize_rows
 

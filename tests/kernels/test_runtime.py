@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 
-from pbsp.kernels import library
+from pbsp import compiled
 from pbsp.kernels.runtime import RuntimePlanes
 from pbsp.packed_linear import PackedLinear
 from pbsp.storage.planes import pack_planes
@@ -15,9 +15,9 @@ from random_grouped import random_grouped
 from random_planes import packed_model, random_planes
 from saved import load, logits, packed_linears
 
-pytestmark = pytest.mark.skipif(not library.loaded(), reason="pbsp was installed without a compiler")
+pytestmark = pytest.mark.skipif(not compiled.loaded(), reason="pbsp was installed without a compiler")
 RUNNABLE = [
-    name for name in library.KERNELS if library.loaded() and library.library().pbsp_supports(name.encode())
+    name for name in compiled.KERNELS if compiled.loaded() and compiled.library().pbsp_supports(name.encode())
 ]
 CASES = [
     ("4:8", 8), ("4:8", 64), ("4:8", 576), ("2:16", 80), ("1:4", 68), ("8:8", 136), ("3:8", 72), ("5:8", 200),

@@ -1,8 +1,8 @@
 """The codes that one M-group can take, and the search for the best of them.
 
 A code is a vector of M entries, N of them ±1 and the rest 0. Where a pattern has few codes
-(1,120 at 4:8) all of them are scored exactly by one matrix product; where it has many (29,120 at
-4:16) single swaps and sign flips are tried until none helps.
+(1,120 at 4:8) all of them are scored exactly, compiled or by one matrix product; where it has many (29,120
+at 4:16) single swaps and sign flips are tried until none helps.
 """
 
 from functools import lru_cache
@@ -13,6 +13,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from pbsp.binarization.planes import signs_of
+from pbsp.binarization.search import search_codes, searches
 from pbsp.pruning.pattern import Pattern
 
 LARGEST_CODEBOOK = 4096
@@ -41,7 +42,7 @@ def best_codes(
 
     That is the fit of scale·c to a target w in the metric G when correlation = G w: the loss
     (w − scale·c)ᵀ G (w − scale·c) without its constant and divided by the scale, which must not
-    be negative. Where the scale is zero, the code that correlates best. Ties go to the first code.
+    be negative. Where the scale is zero, the code that correlates best.
 
     Exact where the pattern has at most 4,096 codes, else a local optimum over swaps that is no
     worse than the code `start`.
@@ -53,6 +54,18 @@ def best_codes(
         if start is None:
             start = _largest_alone(correlation, metric, scale, pattern)
         return _descend(start, correlation, metric, scale)
+    if searches(correlation, pattern):
+        return search_codes(correlation, metric, scale, pattern)
+    return enumerated_codes(correlation, metric, scale, pattern)
+
+
+def enumerated_codes(
+    correlation: Float[Tensor, "group rows"],
+    metric: Float[Tensor, "group group"],
+    scale: Float[Tensor, "rows"],
+    pattern: Pattern,
+) -> Float[Tensor, "group rows"]:
+    """`best_codes` of a pattern with few codes, in torch: what runs on a GPU and without compiled kernels."""
     codes = codebook(pattern, correlation.device).to(correlation.dtype)
     signings, supports, group = codes.shape
     flat = codes.view(-1, group)

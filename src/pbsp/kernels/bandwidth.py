@@ -5,7 +5,7 @@ import time
 
 import torch
 
-from pbsp.kernels.library import check, library, loaded
+from pbsp.compiled import check, library, loaded
 
 _BYTES = 1 << 29  # more than any cache holds
 _RUNS = 5

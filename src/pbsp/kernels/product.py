@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pbsp.kernels.library import ACTIVATIONS, DTYPES, activations, check, kernel_name, library
+from pbsp.compiled import ACTIVATIONS, DTYPES, activations, check, kernel_name, library
 from pbsp.kernels.runtime import MatrixArguments, RuntimePlanes, matrix_struct
 from pbsp.pruning.pattern import Pattern
 from pbsp.storage.planes import PlanesForm

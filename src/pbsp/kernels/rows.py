@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from pbsp.kernels.library import REFERENCE, check, kernel_name, library
+from pbsp.compiled import REFERENCE, check, kernel_name, library
 from pbsp.quantization.rows import SCALE_BYTES, row_scales
 
 _FEW_ROWS = 16  # of activations; more meet decoded tiles

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int8, UInt8
 from torch import Tensor
 
-from pbsp.kernels.library import DTYPES, MatrixStruct, check, kernel_name, library
+from pbsp.compiled import DTYPES, MatrixStruct, check, kernel_name, library
 from pbsp.storage.planes import PackedPlanes, PlanesForm
 
 MatrixArguments = tuple[Tensor, Tensor, Tensor, list[int], int, int]

@@ -11,6 +11,7 @@ struct Isa {
   static constexpr const char* kName = "avx2";
   static constexpr int kTileRows = 2;  // more would not fit the 16 registers
   static constexpr int kLanes = 8;
+  static constexpr int kFloatLanes = 8;
   static constexpr int kAccumulators = 6;
   using Ints = __m256i;
   using Floats = __m256;

@@ -11,6 +11,7 @@ struct Isa {
   static constexpr const char* kName = "avx512";
   static constexpr int kTileRows = 4;
   static constexpr int kLanes = 16;
+  static constexpr int kFloatLanes = 16;
   static constexpr int kAccumulators = 12;
   using Ints = __m512i;
   using Floats = __m512;

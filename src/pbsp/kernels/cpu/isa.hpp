@@ -5,6 +5,7 @@
 // the same reason nothing of the standard library is used but memcpy.
 //
 //   kName, kTileRows, kLanes       see `Kernels`
+//   kFloatLanes                    floats of a register
 //   kAccumulators                  sums of integers that fit the registers
 //   Ints, Floats, Weights          lanes of int32 and float; 64 weights of −1, 0 or 1
 //   deposit(bits, mask)            the low bits, spread to where the mask has ones
@@ -19,6 +20,7 @@
 #include "multiply.hpp"
 #include "planes.hpp"
 #include "prepare.hpp"
+#include "search.hpp"
 
 namespace pbsp {
 namespace {
@@ -26,7 +28,7 @@ namespace {
 template <class Isa>
 constexpr Kernels kernels_of() {
   return {Isa::kName, Isa::kTileRows, Isa::kLanes, prepare_tile<Isa>, multiply_rows<Isa>, decode_rows<Isa>,
-          multiply_bytes};
+          multiply_bytes, search_codes<Isa>};
 }
 
 }  // namespace

@@ -18,6 +18,8 @@ namespace {
 
 constexpr int64_t kTaskWeights = 1 << 16;      // of a range of rows that a thread takes at once
 constexpr int64_t kThreadProducts = 1 << 18;   // weights × activation rows that are worth a thread
+constexpr int64_t kThreadCodes = 1 << 17;      // codes × rows that are
+constexpr int64_t kSearchRows = 256;           // that a thread searches at once
 
 Matrix matrix_of(const PbspMatrix& given) {
   Matrix matrix{};
@@ -99,6 +101,41 @@ std::vector<Tile> tiles_of(const Product& product, const Kernels& kernels, int64
   return tiles;
 }
 
+// All choices of `kept` of `group` places, ascending, in lexicographic order.
+std::vector<uint8_t> choices(int kept, int group) {
+  std::vector<uint8_t> found, one(kept);
+  for (int i = 0; i < kept; ++i) one[i] = static_cast<uint8_t>(i);
+  for (;;) {
+    found.insert(found.end(), one.begin(), one.end());
+    int last = kept - 1;
+    while (last >= 0 && one[last] == group - kept + last) --last;
+    if (last < 0) return found;
+    ++one[last];
+    for (int i = last + 1; i < kept; ++i) one[i] = static_cast<uint8_t>(one[i - 1] + 1);
+  }
+}
+
+// See `CodeSearch::half_energies`.
+std::vector<float> half_energies(const std::vector<uint8_t>& places, int kept, int group, const float* metric) {
+  std::vector<float> found;
+  std::vector<float> code(kept);
+  for (size_t first = 0; first < places.size(); first += kept) {
+    for (int signing = 0; signing < 1 << (kept - 1); ++signing) {
+      const int minus = (signing ^ signing >> 1) << 1;
+      for (int i = 0; i < kept; ++i) code[i] = minus >> i & 1 ? -0.5f : 0.5f;
+      double energy = 0;
+      for (int i = 0; i < kept; ++i) {
+        const float* row = metric + places[first + i] * group;
+        double part = 0;
+        for (int j = 0; j < kept; ++j) part += code[j] * static_cast<double>(row[places[first + j]]);
+        energy += code[i] * part;
+      }
+      found.push_back(static_cast<float>(2 * energy));
+    }
+  }
+  return found;
+}
+
 template <class Work>
 int guarded(const Work& work) {
   try {
@@ -111,7 +148,7 @@ int guarded(const Work& work) {
 
 }  // namespace
 
-int pbsp_abi() { return 2; }
+int pbsp_abi() { return 3; }
 
 int pbsp_supports(const char* name) { return kernels_named(name) != nullptr; }
 
@@ -178,6 +215,20 @@ int pbsp_multiply_bytes(const char* name, const uint8_t* packed, int64_t rows, i
     threads = static_cast<int>(std::clamp<int64_t>(rows * columns * x_rows / kThreadProducts, 1, threads));
     const int64_t step = std::max<int64_t>(1, kTaskWeights / columns);
     parallel(rows, step, threads, [&](int64_t low, int64_t high) { kernels.bytes(product, low, high); });
+  });
+}
+
+int pbsp_best_codes(const char* name, int kept, int group, const float* correlation, const float* metric,
+                    const float* scale, float* codes, int64_t rows, int threads) {
+  return guarded([&] {
+    const Kernels& kernels = *kernels_named(name);
+    const std::vector<uint8_t> places = choices(kept, group);
+    const std::vector<float> energies = half_energies(places, kept, group, metric);
+    const CodeSearch search{kept, group, static_cast<int64_t>(places.size()) / kept, 1 << (kept - 1), places.data(),
+                            energies.data(), correlation, scale, codes, rows};
+    const int64_t tried = static_cast<int64_t>(energies.size()) * rows;
+    threads = static_cast<int>(std::clamp<int64_t>(tried / kThreadCodes, 1, threads));
+    parallel(rows, kSearchRows, threads, [&](int64_t low, int64_t high) { kernels.search(search, low, high); });
   });
 }
 

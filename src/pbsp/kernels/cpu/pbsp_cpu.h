@@ -52,6 +52,12 @@ PBSP_EXPORT int pbsp_decode(const char* name, const PbspMatrix* matrix, int64_t 
 PBSP_EXPORT int pbsp_multiply_bytes(const char* name, const uint8_t* packed, int64_t rows, int64_t columns,
                                     const float* x, int64_t x_rows, float* y, int threads);
 
+/* For every row the code of `group` weights, `kept` of them 1 or -1 and the others 0, that minimises
+ * scale * c G c - 2 c . correlation; G is `metric` (group, group), correlation and codes are (group, rows). The
+ * group has at most 64 weights, and there are at most 2^20 codes. */
+PBSP_EXPORT int pbsp_best_codes(const char* name, int kept, int group, const float* correlation, const float* metric,
+                                const float* scale, float* codes, int64_t rows, int threads);
+
 /* Reads `count` words once, as fast as the memory gives them; the sum keeps a compiler from leaving that out. */
 PBSP_EXPORT int pbsp_read(const uint64_t* words, int64_t count, int threads, uint64_t* sum);
 

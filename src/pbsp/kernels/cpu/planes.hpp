@@ -81,6 +81,22 @@ struct ByteProduct {
   float* y;
 };
 
+constexpr int kSearchGroup = 64;  // weights of the widest group that is searched
+
+// The best codes of one group of every row, see search.hpp.
+struct CodeSearch {
+  int kept;
+  int group;
+  int64_t supports;             // choices of `kept` of `group` places
+  int signings;                 // of each, the first sign being plus: 2^(kept − 1)
+  const uint8_t* places;        // (supports, kept), ascending
+  const float* half_energies;   // (supports, signings): cᵀ G c / 2, signs in the order of a Gray code
+  const float* correlation;     // (group, rows)
+  const float* scale;           // (rows), not negative
+  float* codes;                 // (group, rows): −1, 0 or 1
+  int64_t rows;
+};
+
 // What one instruction set offers; see isa.hpp.
 struct Kernels {
   const char* name;
@@ -91,6 +107,7 @@ struct Kernels {
   void (*decode)(const Matrix& matrix, int64_t low, int64_t high, void* dense, Dtype dtype, uint64_t* words,
                  float* row);
   void (*bytes)(const ByteProduct& product, int64_t low, int64_t high);
+  void (*search)(const CodeSearch& search, int64_t low, int64_t high);
 };
 
 // Words that `multiply` and `decode` are given to work in; the first `chunks` of them are ones.

@@ -21,6 +21,7 @@ struct Isa {
   static constexpr const char* kName = "portable";
   static constexpr int kTileRows = 1;
   static constexpr int kLanes = 0;
+  static constexpr int kFloatLanes = 4;
   static constexpr int kAccumulators = 1;
   using Ints = int32_t;
   using Floats = double;  // one lane alone adds all blocks: floats would round more than several lanes do

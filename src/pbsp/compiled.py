@@ -1,4 +1,4 @@
-"""The compiled kernels: where the library lies, which instruction set it uses, and its functions.
+"""The compiled library: where it lies, which instruction set it uses, and its functions.
 
 Two environment variables choose, both read when first needed: PBSP_KERNEL is one of `KERNELS` or
 `reference`, PBSP_ACTIVATIONS one of `ACTIVATIONS`.
@@ -24,11 +24,14 @@ SmolLM2-135M moves by a KL of 1.5e-7 nats a token; with int8 by 6.4e-3, and comp
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Of activations and results, by the library's numbers."""
 
-_ABI = 2
+_ABI = 3
 _COMPILED_LAYOUT = "planes"
 _PLACES = (
-    Path(__file__).with_name("pbsp_cpu.so"),  # installed
-    Path(__file__).with_name("cpu") / "pbsp_cpu.so",  # built in the source tree, by an editable install
+    Path(__file__).parent / "kernels" / "pbsp_cpu.so",  # installed
+    Path(__file__).parent
+    / "kernels"
+    / "cpu"
+    / "pbsp_cpu.so",  # built in the source tree, by an editable install
 )
 _MAX_PLANES = 4
 
@@ -142,6 +145,7 @@ def _declare(opened: ctypes.CDLL) -> None:
         "pbsp_multiply": [text, matrix, pointer, pointer, number, small, pointer, small, small],
         "pbsp_decode": [text, matrix, number, number, pointer, small, small],
         "pbsp_multiply_bytes": [text, pointer, number, number, pointer, number, pointer, small],
+        "pbsp_best_codes": [text, small, small, pointer, pointer, pointer, pointer, number, small],
         "pbsp_read": [pointer, number, small, ctypes.POINTER(ctypes.c_uint64)],
     }.items():
         getattr(opened, name).argtypes = arguments

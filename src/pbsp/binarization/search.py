@@ -1,0 +1,43 @@
+"""The search for the best code of a group, compiled; `codebook` says what is looked for."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from pbsp.compiled import REFERENCE, check, kernel_name, library
+from pbsp.pruning.pattern import Pattern
+
+_WIDEST_GROUP = 64
+
+
+def searches(values: Tensor, pattern: Pattern) -> bool:
+    """Whether `search_codes` can be called for these correlations; the pattern has few codes."""
+    kind = values.device.type, values.dtype
+    return kind == ("cpu", torch.float32) and pattern.group <= _WIDEST_GROUP and kernel_name() != REFERENCE
+
+
+def search_codes(
+    correlation: Float[Tensor, "group rows"],
+    metric: Float[Tensor, "group group"],
+    scale: Float[Tensor, "rows"],
+    pattern: Pattern,
+) -> Float[Tensor, "group rows"]:
+    """See `codebook.best_codes`; every code is tried, on all of torch's threads.
+
+    A row's code does not depend on the instruction set, nor on the other rows. Of two codes that fit
+    equally the one whose support comes first, in lexicographic order, is taken.
+    """
+    codes = torch.empty_like(correlation, memory_format=torch.contiguous_format)
+    given = [tensor.contiguous() for tensor in (correlation, metric, scale)]
+    check(
+        library().pbsp_best_codes(
+            kernel_name().encode(),
+            pattern.kept,
+            pattern.group,
+            *(tensor.data_ptr() for tensor in given),
+            codes.data_ptr(),
+            correlation.shape[1],
+            torch.get_num_threads(),
+        )
+    )
+    return codes

@@ -1,0 +1,105 @@
+// Search for the code of a group of weights that fits best, for many rows at once; a part of isa.hpp.
+//
+// A code keeps N of M places and gives each a sign. Its score is |c · t| − energy/2 · scale, t the row's
+// correlations: c and −c have one energy, so that half of the signs are tried and the better one of both follows
+// from the sign of c · t. Lanes are rows, and a row's operations are the same in every instruction set: so are the
+// codes.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "planes.hpp"
+
+namespace pbsp {
+namespace {
+
+// Some rows at a time: as many as two registers hold, since each step waits for the one before it.
+template <int Lanes>
+struct SearchTypes {
+  typedef float Floats __attribute__((vector_size(4 * Lanes)));
+  typedef int32_t Ints __attribute__((vector_size(4 * Lanes)));
+};
+constexpr int kSearchRegisters = 2;
+
+// Correlations of rows low…low + count, the rest zero.
+template <int Rows>
+inline void load_search_rows(const CodeSearch& search, int64_t low, int64_t count, float (*t)[Rows], float* scale) {
+  std::memset(scale, 0, sizeof(float) * Rows);
+  std::memcpy(scale, search.scale + low, sizeof(float) * count);
+  for (int place = 0; place < search.group; ++place) {
+    std::memset(t[place], 0, sizeof t[place]);
+    std::memcpy(t[place], search.correlation + place * search.rows + low, sizeof(float) * count);
+  }
+}
+
+// The code of number `support · signings + signing`, with the sign that correlates.
+template <int Rows>
+inline void store_code(const CodeSearch& search, int64_t row, int32_t number, int lane, const float (*t)[Rows]) {
+  const int32_t support = number / search.signings, signing = number % search.signings;
+  const uint32_t minus = static_cast<uint32_t>(signing ^ signing >> 1) << 1;  // in the order of a Gray code
+  const uint8_t* places = search.places + support * search.kept;
+  float dot = 0;
+  for (int i = 0; i < search.kept; ++i) dot += minus >> i & 1 ? -t[places[i]][lane] : t[places[i]][lane];
+  const float plus = dot < 0 ? -1.0f : 1.0f;
+  for (int place = 0; place < search.group; ++place) search.codes[place * search.rows + row] = 0;
+  for (int i = 0; i < search.kept; ++i) {
+    search.codes[places[i] * search.rows + row] = minus >> i & 1 ? -plus : plus;
+  }
+}
+
+template <class Isa>
+void search_codes(const CodeSearch& search, int64_t low, int64_t high) {
+  constexpr int kLanes = Isa::kFloatLanes, kRows = kSearchRegisters * kLanes;
+  using Floats = typename SearchTypes<kLanes>::Floats;
+  using Ints = typename SearchTypes<kLanes>::Ints;
+  alignas(64) float t[kSearchGroup][kRows];
+  alignas(64) float scales[kRows];
+  alignas(64) int32_t found[kRows];
+  for (int64_t row = low; row < high; row += kRows) {
+    const int64_t count = high - row < kRows ? high - row : kRows;
+    load_search_rows(search, row, count, t, scales);
+    Floats scale[kSearchRegisters], best[kSearchRegisters], dot[kSearchRegisters], one;
+    Ints number[kSearchRegisters] = {}, at = {};
+    for (int r = 0; r < kSearchRegisters; ++r) {
+      std::memcpy(&scale[r], scales + r * kLanes, sizeof one);
+      best[r] = scale[r] - scale[r] - __builtin_huge_valf();
+    }
+    const float* half_energy = search.half_energies;
+    const uint8_t* places = search.places;
+    for (int64_t support = 0; support < search.supports; ++support, places += search.kept) {
+      for (int r = 0; r < kSearchRegisters; ++r) {
+        dot[r] = Floats{};
+        for (int i = 0; i < search.kept; ++i) {
+          std::memcpy(&one, t[places[i]] + r * kLanes, sizeof one);
+          dot[r] += one;
+        }
+      }
+      for (int signing = 0; signing < search.signings; ++signing, ++half_energy) {
+        if (signing) {
+          const int flipped = __builtin_ctz(signing);
+          // Whether the place is minus now, after this step of the Gray code.
+          const float twice = (signing ^ signing >> 1) >> flipped & 1 ? -2.0f : 2.0f;
+          const float* flips = t[places[flipped + 1]];
+          for (int r = 0; r < kSearchRegisters; ++r) {
+            std::memcpy(&one, flips + r * kLanes, sizeof one);
+            dot[r] += twice * one;
+          }
+        }
+        for (int r = 0; r < kSearchRegisters; ++r) {
+          const Floats size = (Floats)((Ints)dot[r] & 0x7fffffff);
+          const Floats score = size - *half_energy * scale[r];
+          const Ints better = score > best[r];
+          best[r] = (Floats)(((Ints)score & better) | ((Ints)best[r] & ~better));
+          number[r] = (at & better) | (number[r] & ~better);
+        }
+        at += 1;
+      }
+    }
+    std::memcpy(found, number, sizeof found);
+    for (int lane = 0; lane < count; ++lane) store_code(search, row + lane, found[lane], lane, t);
+  }
+}
+
+}  // namespace
+}  // namespace pbsp
