@@ -17,6 +17,17 @@ def test_inverse_factor_is_upper_and_factors_the_inverse():
     torch.testing.assert_close(factor.T @ factor, torch.linalg.inv(hessian))
 
 
+@pytest.mark.parametrize("features", [1, 2, 255, 256, 257, 600])
+def test_the_factor_is_that_of_an_explicit_inverse(features):
+    hessian = damped(moment_of(2 * features, features), 0.01)
+    before = hessian.clone()
+    expected = torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True)
+    torch.testing.assert_close(
+        inverse_factor(hessian), expected, rtol=1e-9, atol=1e-9 * float(expected.max())
+    )
+    assert torch.equal(hessian, before)
+
+
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_damping_makes_a_rank_deficient_moment_solvable(tokens):
     factor = inverse_factor(damped(moment_of(tokens, 16), 0.01))
@@ -37,8 +48,8 @@ def test_condition_1e12_is_solved():
 
 
 def test_inverse_factor_names_the_cause_when_the_moment_is_not_positive_definite():
-    with pytest.raises(CalibrationError, match="not positive definite"):
-        inverse_factor(torch.diag(torch.tensor([1.0, -1.0], dtype=torch.float64)))
+    with pytest.raises(CalibrationError, match="not positive definite .column 2 of 3, diagonal from -1 to 1"):
+        inverse_factor(torch.diag(torch.tensor([1.0, -1.0, 1.0], dtype=torch.float64)))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -1,8 +1,8 @@
 """The codes that one M-group can take, and the search for the best of them.
 
-A code is a vector of M entries, N of them ±1 and the rest 0. Where a pattern has few codes
-(1,120 at 4:8) all of them are scored exactly, compiled or by one matrix product; where it has many (29,120
-at 4:16) single swaps and sign flips are tried until none helps.
+A code is a vector of M entries, N of them ±1 and the rest 0. Up to 65,536 codes (4:16 has 29,120) are all
+scored by the compiled search; without it up to 4,096 (4:8 has 1,120), by one matrix product. Where there are
+more, single swaps and sign flips are tried until none helps.
 """
 
 from functools import lru_cache
@@ -44,18 +44,18 @@ def best_codes(
     (w − scale·c)ᵀ G (w − scale·c) without its constant and divided by the scale, which must not
     be negative. Where the scale is zero, the code that correlates best.
 
-    Exact where the pattern has at most 4,096 codes, else a local optimum over swaps that is no
-    worse than the code `start`.
+    Exact where the pattern has at most 65,536 codes, without the compiled search 4,096; else a local
+    optimum over swaps that is no worse than the code `start`.
 
     The matrix's rows are the last dimension: its many rows then fill vector registers in every
     step, and torch reduces over the first dimension four times faster than over the last.
     """
+    if searches(correlation, pattern):
+        return search_codes(correlation, metric, scale, pattern)
     if pattern.supports << pattern.kept > LARGEST_CODEBOOK:
         if start is None:
             start = _largest_alone(correlation, metric, scale, pattern)
         return _descend(start, correlation, metric, scale)
-    if searches(correlation, pattern):
-        return search_codes(correlation, metric, scale, pattern)
     return enumerated_codes(correlation, metric, scale, pattern)
 
 
