@@ -13,8 +13,10 @@ def bits_for(rank, rows, columns):
     return (rank + 16) * (rows + columns) / (rows * columns) + 1e-9
 
 
-@pytest.mark.parametrize(("rows", "columns", "rank"), [(40, 40, 1), (96, 64, 4), (64, 96, 4)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("rows", "columns", "rank", "dtype"),
+    [(40, 40, 1, torch.float32), (96, 64, 4, torch.float32), (64, 96, 4, torch.float64)],
+)
 def test_a_planted_product_is_found_where_the_rank_suffices(rows, columns, rank, dtype):
     weight = random_low_rank(rows, columns, rank, seed=1).dense().to(dtype)
     moment = torch.eye(columns, dtype=dtype)
