@@ -336,3 +336,53 @@ def sweep_by_columns(weight, factor, block, *, mode):
                     current[:, later] -= error * factor[j, later]
             current[:, j] = rounded
     return current
+
+
+def ridge_regression_by_rows(target, regressors, anchor, penalty, ridge):
+    """Each row by an ordinary regression: a penalty is as many further observations as there are unknowns."""
+    unit = torch.eye(regressors.shape[1], dtype=target.dtype)
+    design = torch.cat([regressors, penalty**0.5 * unit, ridge**0.5 * unit])
+    rows = []
+    for seen, near in zip(target, anchor, strict=True):
+        observed = torch.cat([seen, penalty**0.5 * near, torch.zeros_like(near)])
+        rows.append(torch.linalg.lstsq(design, observed[:, None]).solution[:, 0])
+    return torch.stack(rows)
+
+
+def signed_rank_one_by_svd(matrix):
+    """The best rank-one approximation of the magnitudes, with the matrix's signs; 0 counts as positive."""
+    left, sizes, right = torch.linalg.svd(matrix.abs())
+    magnitudes = sizes[0] * torch.outer(left[:, 0], right[0])
+    return torch.where(matrix < 0, -magnitudes, magnitudes)
+
+
+def binary_factors_by_inversion(target, latents, iterations, ridge):
+    """Consensus of both factors after alternating directions, written out from the paper's equations."""
+    target_of = (target, target.T)
+    consensus = [signed_rank_one_by_svd(latent) for latent in latents]
+    dual = [latent - signed for latent, signed in zip(latents, consensus, strict=True)]
+    for iteration in range(iterations):
+        penalty = iteration / iterations
+        for own, other in ((0, 1), (1, 0)):
+            unit = consensus[other] / consensus[other].norm(dim=0)
+            system = unit.T @ unit + (penalty + ridge) * torch.eye(unit.shape[1], dtype=unit.dtype)
+            right = target_of[own] @ unit + penalty * (consensus[own] - dual[own])
+            latent = right @ torch.linalg.inv(system)
+            consensus[own] = signed_rank_one_by_svd(latent + dual[own])
+            dual[own] = dual[own] + latent - consensus[own]
+    return consensus
+
+
+def row_scales_by_regression(weight, sums, column_scales, inputs):
+    """Each row's scale by regressing its outputs on those of its signs."""
+    scales = []
+    for row, code in zip(weight, sums * column_scales, strict=True):
+        scales.append(torch.linalg.lstsq((inputs @ code)[:, None], (inputs @ row)[:, None]).solution[0, 0])
+    return torch.stack(scales)
+
+
+def column_scales_by_regression(weight, sums, row_scales, inputs):
+    """The scales of all columns by regressing the outputs of all rows at once."""
+    design = torch.cat([inputs * code for code in row_scales[:, None] * sums])
+    outputs = torch.cat([inputs @ row for row in weight])
+    return torch.linalg.lstsq(design, outputs[:, None]).solution[:, 0]

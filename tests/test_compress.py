@@ -235,7 +235,15 @@ def test_the_papers_allocation_gives_the_more_important_block_more_weights():
 
 
 @pytest.mark.parametrize(
-    "line", ["gptq bits=8", "billm 4:8", "arb rounds=2", "stbllm 4:8 zeros=released", "rtn"]
+    "line",
+    [
+        "gptq bits=8",
+        "billm 4:8",
+        "arb rounds=2",
+        "stbllm 4:8 zeros=released",
+        "rtn",
+        "nanoquant bits=4 iterations=9",
+    ],
 )
 @torch.no_grad()
 def test_a_method_without_a_layout_leaves_its_values_and_counts_its_bits(line):
@@ -267,6 +275,12 @@ def test_methods_that_look_at_whole_layers_solve_each_alone():
     alone = Pbsp(Pattern(4, 8)).compress(weight, moments[report.layers[0].name])
     expected = output_error(weight, alone.dense(), moments[report.layers[0].name])
     assert report.layers[0].output_error == pytest.approx(expected, rel=1e-3)
+
+
+def test_rows_with_moments_of_their_own_are_not_factorized_together():
+    options = {"bits": 8.0, "iterations": 2}
+    with pytest.raises(ConfigError, match=r"moments of their own.*use weighting plain"):
+        compressed(pattern=None, method="nanoquant", weighting="attention", options=options)
 
 
 @pytest.mark.parametrize("setting", [{"method": "pbsp"}, {"allocation": "paper"}])

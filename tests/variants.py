@@ -2,16 +2,24 @@
 
 import torch
 
-from pbsp.methods.table import METHODS
+from pbsp.methods.table import METHODS, Method, build_method, option_types
 
 VARIANTS = [
-    *((name, {}) for name in METHODS),
+    *((name, {}) for name in METHODS if name != "nanoquant"),
+    # Scales are most of what the small problems take, and a tenth of the rounds is enough for them.
+    *(("nanoquant", {"bits": 6.0, "iterations": 40, "refits": refits}) for refits in (0, 2)),
     *(("arb", {"variant": name, "bitmap": split}) for name in ("arb", "x", "rc") for split in (True, False)),
     ("stbllm", {"zeros": "released"}),
     ("prune-then-binarize", {"pruner": "wanda"}),
     ("prune-then-binarize", {"pruner": "magnitude"}),
     ("prune-then-binarize", {"pruner": "si"}),
 ]  # fmt: skip
+
+
+def build_variant(name: str, options: dict, block: int) -> Method:
+    """The method, with blocks of that size if it has blocks."""
+    blocks = {"block": block} if "block" in option_types(name) else {}
+    return build_method(name, None, {**blocks, **options})
 
 
 def layer_problem(rows=12, columns=48, *, tokens=300, seed=0, dtype=torch.float32):

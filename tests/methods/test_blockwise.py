@@ -13,7 +13,7 @@ from pbsp.pruning.pattern import Pattern
 from pbsp.solver.hessian import damped, inverse_factor
 from variants import VARIANTS, layer_problem
 
-GROUPED = [(name, options) for name, options in VARIANTS if name not in ("planes", "gptq")]
+GROUPED = [(name, options) for name, options in VARIANTS if name not in ("planes", "gptq", "nanoquant")]
 
 
 def fit_of(problem, scheme=None, *, seed=0):

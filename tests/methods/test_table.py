@@ -10,13 +10,13 @@ from pbsp.methods.stbllm import Stbllm
 from pbsp.methods.table import METHODS, build_method, option_types, packs, patterns_of
 from pbsp.pruning.pattern import Pattern
 from pbsp.storage.layouts import is_packable
-from variants import VARIANTS, layer_problem
+from variants import VARIANTS, build_variant, layer_problem
 
 
 @pytest.mark.parametrize(("name", "options"), VARIANTS)
 def test_every_method_says_truly_whether_it_packs_and_splits_into_its_rows(name, options):
     weight, moment = layer_problem()
-    method = build_method(name, None, {"block": 32, **options})
+    method = build_variant(name, options, 32)
     result = method.compress(weight, moment)
     assert is_packable(result) == packs(method)
     dense = result.dense()
@@ -113,8 +113,8 @@ def test_options_are_the_fields_and_defaults_make_the_method(name):
 @pytest.mark.parametrize(("name", "options"), VARIANTS)
 def test_rows_are_independent_where_a_method_says_so(name, options):
     weight, moment = layer_problem(dtype=torch.float64)
-    method = build_method(name, None, {"block": 32, **options})
+    method = build_variant(name, options, 32)
     together, alone = method.compress(weight, moment).dense()[:5], method.compress(weight[:5], moment).dense()
     assert method.rows_interact or torch.equal(together, alone)
-    if name in ("billm", "arb", "stbllm", "pbsp") or options.get("pruner") == "si":
+    if name in ("billm", "arb", "stbllm", "nanoquant", "pbsp") or options.get("pruner") == "si":
         assert not torch.equal(together, alone)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from pbsp.binarization.grouped import PAPER, GroupedBinarization, Scheme
+from pbsp.binarization.low_rank import LowRankBinary
 from pbsp.binarization.planes import block_count
 from pbsp.methods.table import build_method
 from pbsp.pruning.pattern import Pattern
@@ -15,8 +16,9 @@ from pbsp.storage.bits import streams_bits
 from pbsp.storage.counting import count_bits, streams
 from pbsp.storage.layouts import is_packable, pack
 from random_grouped import random_grouped
+from random_low_rank import random_low_rank
 from random_planes import random_planes
-from variants import VARIANTS, layer_problem
+from variants import VARIANTS, build_variant, layer_problem
 
 
 def half_of_bits(bits):
@@ -59,6 +61,24 @@ def integers_from_streams(found, shape, width, block):
     return [
         [scales[i][j // block] * (codes[i][j] - zeros[i][j // block]) for j in range(columns)]
         for i in range(rows)
+    ]
+
+
+def low_rank_from_streams(found, shape):
+    """The matrix, weight by weight; the rank is what fits the number of signs."""
+    (rows, columns), reader = shape, Reader(found)
+    rank = reader.sizes["row signs"] // rows
+    row_signs = [[2 * reader.next("row signs") - 1 for _ in range(rank)] for _ in range(rows)]
+    column_signs = [[2 * reader.next("column signs") - 1 for _ in range(rank)] for _ in range(columns)]
+    row_scales = [reader.half("row scales") for _ in range(rows)]
+    column_scales = [reader.half("column scales") for _ in range(columns)]
+    assert reader.finished()
+    return [
+        [
+            scale * column_scale * sum(u * v for u, v in zip(left, right, strict=True))
+            for right, column_scale in zip(column_signs, column_scales, strict=True)
+        ]
+        for left, scale in zip(row_signs, row_scales, strict=True)
     ]
 
 
@@ -119,6 +139,8 @@ def assert_rebuilt(matrix):
     found, shape = streams(matrix), tuple(matrix.dense().shape)
     if isinstance(matrix, IntegerGroups):
         rebuilt = integers_from_streams(found, shape, matrix.width, matrix.block)
+    elif isinstance(matrix, LowRankBinary):
+        rebuilt = low_rank_from_streams(found, shape)
     else:
         rebuilt = grouped_from_streams(
             found, shape, pattern=matrix.pattern, scheme=matrix.scheme, block=matrix.block
@@ -159,7 +181,7 @@ def random_matrix(scheme, rows=6, columns=40, *, block=16, parts=1, keep=None, s
 @pytest.mark.parametrize(("name", "options"), VARIANTS)
 @pytest.mark.parametrize(("columns", "block"), [(48, 32), (16, 16)])
 def test_every_methods_result_is_rebuilt_from_its_streams_or_packed(name, options, columns, block):
-    result = build_method(name, None, {"block": block, **options}).compress(*layer_problem(6, columns))
+    result = build_variant(name, options, block).compress(*layer_problem(6, columns))
     if is_packable(result):
         assert count_bits(result) == sum(8 * t.nbytes for t in pack(result).tensors().values())
     else:
@@ -250,6 +272,13 @@ def test_integers_are_rebuilt_exactly(width, block):
     rebuilt = integers_from_streams(streams(matrix), (3, 48), width, block)
     assert torch.equal(torch.tensor(rebuilt), matrix.dense())
     assert count_bits(matrix) == 3 * (48 * width + groups * (16 + width))
+
+
+@pytest.mark.parametrize(("rows", "columns", "rank"), [(1, 1, 1), (5, 9, 1), (9, 5, 12)])
+def test_low_rank_factors_are_rebuilt_and_counted(rows, columns, rank):
+    matrix = random_low_rank(rows, columns, rank)
+    assert_rebuilt(matrix)
+    assert count_bits(matrix) == (rank + 16) * (rows + columns)
 
 
 def test_packed_layouts_count_the_bytes_of_their_file():

@@ -13,10 +13,15 @@ def check_choices(method: object, choices: Mapping[str, tuple[str, ...]]) -> Non
             raise ConfigError(f"{name} is {getattr(method, name)!r}; choose one of {', '.join(allowed)}")
 
 
-def check_blocks(block: int, damping: float, *patterns: Pattern | None) -> None:
-    """Raise unless blocks hold whole groups and the damping is a ridge."""
+def check_damping(damping: float) -> None:
+    """Raise unless the damping is a ridge."""
     if not 0 < damping <= 10:
         raise ConfigError(f"damping is {damping}; it must be above 0 and at most 10 (0.01 is usual)")
+
+
+def check_blocks(block: int, damping: float, *patterns: Pattern | None) -> None:
+    """Raise unless blocks hold whole groups and the damping is a ridge."""
+    check_damping(damping)
     if block < 1:
         raise ConfigError(f"block is {block}; at least 1 column is needed")
     for pattern in patterns:

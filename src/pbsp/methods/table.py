@@ -8,11 +8,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pbsp.binarization.grouped import GroupedBinarization
+from pbsp.binarization.low_rank import LowRankBinary
 from pbsp.binarization.planes import Planes
 from pbsp.errors import ConfigError
 from pbsp.methods.arb import Arb
 from pbsp.methods.billm import Billm
 from pbsp.methods.gptq import Gptq
+from pbsp.methods.nanoquant import Nanoquant
 from pbsp.methods.pbsp import N_OF_M, Pbsp
 from pbsp.methods.planes import PlaneFit
 from pbsp.methods.prune_then_binarize import PruneThenBinarize
@@ -36,7 +38,7 @@ class Method(Protocol):
 
     def compress(
         self, weight: Float[Tensor, "out in"], moment: Float[Tensor, "in in"]
-    ) -> Planes | GroupedBinarization | IntegerGroups:
+    ) -> Planes | GroupedBinarization | IntegerGroups | LowRankBinary:
         """A representation of `weight` fitted under the moment of its inputs."""
         ...
 
@@ -49,6 +51,7 @@ METHODS: dict[str, type[Method]] = {
     "billm": Billm,
     "arb": Arb,
     "stbllm": Stbllm,
+    "nanoquant": Nanoquant,
     "prune-then-binarize": PruneThenBinarize,
 }
 _PATTERN_FIELDS = ("patterns", "pattern")

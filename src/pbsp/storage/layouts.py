@@ -1,12 +1,13 @@
 """The layouts that a linear can be stored in; nothing above this file asks which one a linear has."""
 
 from pbsp.binarization.grouped import GroupedBinarization
+from pbsp.binarization.low_rank import LowRankBinary
 from pbsp.binarization.planes import Planes
 from pbsp.quantization.integers import IntegerGroups
 from pbsp.storage.grouped import SALIENT, GroupedForm, PackedGrouped, fits_layout, pack_grouped
 from pbsp.storage.planes import OFFSETS, PackedPlanes, PlanesForm, pack_planes
 
-Representation = Planes | GroupedBinarization | IntegerGroups
+Representation = Planes | GroupedBinarization | IntegerGroups | LowRankBinary
 Form = PlanesForm | GroupedForm
 Packed = PackedPlanes | PackedGrouped
 
