@@ -277,12 +277,6 @@ def test_methods_that_look_at_whole_layers_solve_each_alone():
     assert report.layers[0].output_error == pytest.approx(expected, rel=1e-3)
 
 
-def test_rows_with_moments_of_their_own_are_not_factorized_together():
-    options = {"bits": 8.0, "iterations": 2}
-    with pytest.raises(ConfigError, match=r"moments of their own.*use weighting plain"):
-        compressed(pattern=None, method="nanoquant", weighting="attention", options=options)
-
-
 @pytest.mark.parametrize("setting", [{"method": "pbsp"}, {"allocation": "paper"}])
 def test_the_papers_stages_take_one_plane(setting):
     with pytest.raises(ConfigError, match=r"takes one N:M, not (the )?2 planes"):

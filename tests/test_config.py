@@ -45,11 +45,15 @@ def test_auto_follows_the_method():
     ("line", "message"),
     [
         ("", "method is ''; choose one of planes"),
-        ("nanoquant", "method is 'nanoquant'; choose one of planes"),
+        ("quant", "method is 'quant'; choose one of planes"),
         ("gptq 4:8", "gptq takes no N:M"),
         ("pbsp 4:8+2:8", "takes one N:M, not 2 planes"),
         ("planes 4:8 sweeps", "'sweeps' is not a setting; write NAME=VALUE"),
         ("planes width=2", "method planes has no option 'width'; it has block"),
+        (
+            "nanoquant weighting=attention",
+            "fits all rows of a layer together.*use weighting plain or gradient",
+        ),
         ("rtn allocation=paper", "allocation paper takes one N:M"),
     ],
 )

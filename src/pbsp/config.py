@@ -90,6 +90,11 @@ class Config:
         self._check_budget()
         if self.recover != "none" and (self.method != "planes" or self.inputs != "compressed"):
             raise ConfigError("recover takes method planes and inputs compressed")
+        if self.moment_weighting == "attention" and getattr(METHODS[self.method], "one_moment", False):
+            raise ConfigError(
+                f"method {self.method} fits all rows of a layer together, and weighting attention gives the "
+                "values of each head a moment of their own; use weighting plain or gradient"
+            )
         if self.coarse and len(patterns) != 1:
             raise ConfigError(
                 f"allocation {self.coarse} takes one N:M, not the {len(patterns)} planes of "

@@ -19,7 +19,7 @@ class LowRankBinary:
         row_scales: s₁, float32 of float16 values.
         column_scales: s₂, as s₁.
 
-    Source: NanoQuant (arXiv 2602.06694), section 3.1: rank + 16 bits for every row and every column.
+    Source: NanoQuant (arXiv 2602.06694). Every row and every column takes rank + 16 bits.
     """
 
     row_signs: Int8[Tensor, "out rank"]

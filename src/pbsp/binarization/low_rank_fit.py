@@ -1,7 +1,7 @@
 """Fitting two sign factors to a matrix: alternating directions for the signs, least squares for scales.
 
-Source: NanoQuant (arXiv 2602.06694), section 3.2 and appendices B and C; where the paper names no value or
-says less than its released code (github.com/SamsungLabs/NanoQuant) does, the code is followed.
+Source: NanoQuant (arXiv 2602.06694), equations numbered as in public replications that quote them, and the
+settings of its released code (github.com/SamsungLabs/NanoQuant).
 """
 
 from typing import NamedTuple

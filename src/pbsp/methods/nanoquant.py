@@ -41,13 +41,14 @@ class Nanoquant:
     Raises:
         ConfigError: a field is out of range.
 
-    Source: arXiv 2602.06694, section 3.2 and appendix C; see `binarization.low_rank_fit`. Without its tuning
+    Source: arXiv 2602.06694; see `binarization.low_rank_fit`. Without its tuning
     of blocks and of the model. Outputs are not weighted, as there is no statistic of gradients here; the
     preconditioned weight is brought to a mean square of 1, as the paper leaves its scale open; the rank is
     not rounded to a multiple of 32, nor kept from exceeding the shorter side, as the released code does.
     """
 
     rows_interact: ClassVar[bool] = True
+    one_moment: ClassVar[bool] = True  # of all rows: V is theirs together
     bits: float = 1.0
     iterations: int = 400
     ridge: float = 0.03
