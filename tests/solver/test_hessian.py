@@ -48,7 +48,9 @@ def test_condition_1e12_is_solved():
 
 
 def test_inverse_factor_names_the_cause_when_the_moment_is_not_positive_definite():
-    with pytest.raises(CalibrationError, match="not positive definite .column 2 of 3, diagonal from -1 to 1"):
+    with pytest.raises(
+        CalibrationError, match=r"not positive definite \(column 2 of 3, diagonal from -1 to 1"
+    ):
         inverse_factor(torch.diag(torch.tensor([1.0, -1.0, 1.0], dtype=torch.float64)))
 
 
