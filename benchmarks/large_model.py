@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 
 SHAPE = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "vocab_size": 32000}
 TOKENS = 128 * 2048
+HEAD = 128
 LARGER = {  # blocks, hidden, intermediate, key and value features, vocabulary
     "7B": (32, 4096, 11008, 4096, 32000),
     "13B": (40, 5120, 13824, 5120, 32000),
@@ -67,12 +68,12 @@ def run(folder: Path, more: list[str]) -> dict[str, Any]:
     return {**json.loads(done.stdout), "wall": wall, "processor": processor}
 
 
-def estimate(found: dict[str, Any], tokens: int) -> None:
+def estimate(found: dict[str, Any], tokens: int, *, by_head: bool) -> None:
     """Print what larger models would take by the measured blocks: time by operations, memory by tensors.
 
     On a shared machine wall times say little: they are scaled to the processor's time.
     """
-    here = block_work(4096, 11008, 4096)
+    here = block_work(4096, 11008, 4096, by_head=by_head)
     share = found["processor"] / found["wall"]
     calibrate, solve = (
         share * found["seconds"][stage] / len(found["blocks"]) for stage in ("calibrate", "solve")
@@ -83,7 +84,7 @@ def estimate(found: dict[str, Any], tokens: int) -> None:
     )
     print(f"peak: {tensor_bytes(here) / 1e9:.2f} GB are the tensors counted, {rest / 1e9:.2f} the rest")
     for name, (blocks, hidden, inner, keys, vocabulary) in LARGER.items():
-        work = block_work(hidden, inner, keys)
+        work = block_work(hidden, inner, keys, by_head=by_head)
         calibrating = blocks * calibrate * (TOKENS / tokens) * (work["passes"] / here["passes"]) / 3600
         solving = blocks * solve * (work["sweeps"] / here["sweeps"]) / 3600
         peak = max(tensor_bytes(work), 8 * vocabulary * hidden + 4 * work["weights"]) + rest
@@ -94,25 +95,32 @@ def estimate(found: dict[str, Any], tokens: int) -> None:
         )
 
 
-def block_work(hidden: int, inner: int, keys: int) -> dict[str, float]:
-    """What a block's time and memory grow with."""
+def block_work(hidden: int, inner: int, keys: int, *, by_head: bool) -> dict[str, float]:
+    """What a block's time and memory grow with; values may have a moment for each head."""
     rows = [hidden] * 2 + [keys] * 2 + [inner] * 2 + [hidden]
     columns = [hidden] * 6 + [inner]
     weights = sum(map(math.prod, zip(rows, columns, strict=True)))
-    moments = 3 * hidden**2 + inner**2  # of the inputs of q, k and v; of o; of gate and up; of down
-    sweeps = sum(r * c**2 for r, c in zip(rows, columns, strict=True)) + 3 * hidden**3 + inner**3
+    heads = keys // HEAD if by_head else 0
+    # Of the inputs of q, k and v; of o; of gate and up; of down.
+    moments = (3 + heads) * hidden**2 + inner**2
+    sweeps = sum(r * c**2 for r, c in zip(rows, columns, strict=True)) + (3 + heads) * hidden**3 + inner**3
     return {
         "weights": weights,
         "moments": moments,
         "passes": 2 * weights + moments,
         "sweeps": sweeps,
         "widest": inner**2,
+        "down": hidden * inner,
     }
 
 
 def tensor_bytes(work: dict[str, float]) -> float:
-    """A block and its moments in float32, and three float64 matrices as wide as its widest moment."""
-    return 4 * (work["weights"] + work["moments"]) + 3 * 8 * work["widest"]
+    """A block in 16 bits, and either all its moments or what solving the widest linear holds.
+
+    That is its moment, the damped one and its factor in float64, the factor in float32, and the weights.
+    """
+    solving = (4 + 8 + 8 + 4) * work["widest"] + 4 * work["down"]
+    return 2 * work["weights"] + max(4 * work["moments"], solving)
 
 
 def main() -> None:
@@ -144,7 +152,7 @@ def main() -> None:
     print(", ".join(f"{stage} {value:.0f} s" for stage, value in found["seconds"].items()))
     print(f"wall {found['wall']:.0f} s, processor {found['processor']:.0f} s")
     print(f"peak memory {found['peak_rss_bytes'] / 1e9:.2f} GB, files {found['file_bytes']:,} bytes")
-    estimate(found, given.samples * given.context)
+    estimate(found, given.samples * given.context, by_head=given.weighting in ("auto", "attention"))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ def damped(moment: Float[Tensor, "in in"], damping: float) -> Float[Tensor, "in 
     Raises:
         CalibrationError: the moment holds NaN or infinite values.
     """
-    hessian = moment.double().clone()
+    hessian = moment.to(torch.float64, copy=True)
     if not bool(torch.isfinite(hessian).all()):
         bad = int((~torch.isfinite(hessian)).any(0).sum())
         raise CalibrationError(
