@@ -30,3 +30,14 @@ def layer_problem(rows=12, columns=48, *, tokens=300, seed=0, dtype=torch.float3
     inputs = torch.randn(tokens, columns, generator=generator, dtype=dtype) @ mix
     weight = torch.randn(rows, columns, generator=generator, dtype=dtype)
     return weight, inputs.T @ inputs / tokens
+
+
+def code_problem(rows, group, seed=0):
+    """Correlations, metric and scales that a group's codes are searched for."""
+    generator = torch.Generator().manual_seed(seed)
+    basis = torch.randn(group, group, generator=generator)
+    return (
+        torch.randn(group, rows, generator=generator),
+        basis @ basis.T / group,
+        torch.rand(rows, generator=generator),
+    )

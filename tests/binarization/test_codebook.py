@@ -2,18 +2,9 @@ import pytest
 import torch
 
 from oracles import best_code_by_enumeration
-from pbsp.binarization.codebook import best_codes, codebook
+from pbsp.binarization.codebook import best_codes, codebook, enumerated_codes
 from pbsp.pruning.pattern import Pattern
-
-
-def problem(rows: int, group: int, seed: int = 0):
-    generator = torch.Generator().manual_seed(seed)
-    basis = torch.randn(group, group, generator=generator)
-    return (
-        torch.randn(group, rows, generator=generator),
-        basis @ basis.T / group,
-        torch.rand(rows, generator=generator),
-    )
+from variants import code_problem as problem
 
 
 def loss(code, correlation, metric, scale):
@@ -21,10 +12,11 @@ def loss(code, correlation, metric, scale):
 
 
 @pytest.mark.parametrize("text", ["1:1", "1:4", "2:4", "2:8", "4:8", "5:8", "8:8", "2:16"])
-def test_best_code_equals_enumeration(text):
+@pytest.mark.parametrize("search", [best_codes, enumerated_codes])
+def test_best_code_equals_enumeration(text, search):
     pattern = Pattern.parse(text)
     correlation, metric, scale = problem(5, pattern.group)
-    found = best_codes(correlation, metric, scale, pattern)
+    found = search(correlation, metric, scale, pattern)
     for row in range(5):
         expected = best_code_by_enumeration(correlation[:, row], metric, scale[row], pattern)
         assert torch.equal(found[:, row], expected)
@@ -37,7 +29,9 @@ def test_codebook_holds_every_code_once():
 
 
 @pytest.mark.parametrize("text", ["4:16", "8:16", "6:12"])
-def test_large_codebooks_give_a_code_that_no_single_move_improves(text):
+@pytest.mark.parametrize("name", [None, "reference"])
+def test_large_codebooks_give_a_code_that_no_single_move_improves(text, name, kernel):
+    kernel(name)
     pattern = Pattern.parse(text)
     correlation, metric, scale = problem(4, pattern.group, seed=3)
     found = best_codes(correlation, metric, scale, pattern)

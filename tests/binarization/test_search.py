@@ -7,19 +7,10 @@ from pbsp.binarization.codebook import best_codes, enumerated_codes
 from pbsp.binarization.search import search_codes, searches
 from pbsp.compiled import KERNELS, library, loaded
 from pbsp.pruning.pattern import Pattern
+from variants import code_problem as problem
 
 pytestmark = pytest.mark.skipif(not loaded(), reason="no compiled kernels")
 SUPPORTED = [name for name in KERNELS if loaded() and library().pbsp_supports(name.encode())]
-
-
-def problem(rows, group, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    basis = torch.randn(group, group, generator=generator)
-    return (
-        torch.randn(group, rows, generator=generator),
-        basis @ basis.T / group,
-        torch.rand(rows, generator=generator),
-    )
 
 
 def losses(codes, correlation, metric, scale):
