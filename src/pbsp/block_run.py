@@ -204,12 +204,13 @@ class BlockRun:
         """A finished block's tensors, into the model."""
         for report in reports:
             form = LayerEntry.from_dict(report.name, block.entries["forms"][report.name]).form
-            tensors = {suffix: block.tensors[f"{report.name}.{suffix}"] for suffix in form.specs()}
+            module = self.model.get_submodule(report.name)
+            device = linear_weight(module).device
+            tensors = {suffix: block.tensors[f"{report.name}.{suffix}"].to(device) for suffix in form.specs()}
             packed = form.packed(tensors)
             representation = packed.unpack()
             if report.name in self.planned.plan.same_as.values():
                 self.solved[report.name] = representation, report.output_error
-            module = self.model.get_submodule(report.name)
             self._replace(report.name, module, representation, report.output_error)
         for name, tensor in self._others(index).items():
             tensor.copy_(block.tensors[name])
