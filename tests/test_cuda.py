@@ -147,7 +147,9 @@ def test_recovery_brings_the_model_nearer(monkeypatch, tmp_path):
     assert all(one.after <= one.before for one in report.recovered)
     model = torch.nn.Module.float(model)
     kept = Unfinished(tmp_path)
-    tuned = recover(model, original, report, windows=windows(33), tuning=Tuning(3, 1e-2, 1e-2), unfinished=kept)
+    tuned = recover(
+        model, original, report, windows=windows(33), tuning=Tuning(3, 1e-2, 1e-2), unfinished=kept
+    )
     assert tuned.distilled is not None
     assert tuned.distilled.after < tuned.distilled.before
 

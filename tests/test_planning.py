@@ -5,12 +5,15 @@ import torch
 
 import pbsp
 from pbsp import planning
+from pbsp.allocation.sizes import embedding_loss, file_bytes
 from pbsp.calibration.corpus import Corpus
 from pbsp.calibration.windows import Windows
 from pbsp.config import Config
 from pbsp.errors import ConfigError
+from pbsp.evaluation.perplexity import evaluate
+from pbsp.integrations.embeddings import pack_embeddings
 from pbsp.models.blocks import decoder_blocks
-from pbsp.planning import file_bytes, make_plan
+from pbsp.planning import make_plan
 from pbsp.preview import preview
 from tiny import tiny_model, tiny_tokens
 
@@ -45,7 +48,37 @@ def test_the_file_is_as_large_as_predicted_and_within_its_budget(name, tmp_path)
     again = tiny_model(name)
     with torch.no_grad():
         planned = make_plan(again, decoder_blocks(again), Config(file_size=budget), windows().tokens)
-    assert file_bytes(again, planned.plan, Config(file_size=budget)) == weight_bytes(tmp_path / "out")
+    found = file_bytes(again, planned.plan, Config(file_size=budget), planned.embedding_bits)
+    assert found == weight_bytes(tmp_path / "out")
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_a_file_of_given_size_has_the_embeddings_that_were_asked_for(bits, tmp_path):
+    budget = {16: 75_000, 8: 55_000, 4: 48_000}[bits]
+    model, report = compressed(file_size=budget, embeddings=str(bits))
+    pbsp.save_compressed(model, None, tmp_path / "out", report)
+    assert report.embeddings == f"{bits} bit"
+    assert budget * 0.97 < weight_bytes(tmp_path / "out") <= budget
+
+
+def test_embeddings_get_the_bits_with_the_lower_expected_loss(monkeypatch):
+    for loss, chosen in ((1e9, "8 bit"), (-1e9, "4 bit")):
+        monkeypatch.setattr("pbsp.planning.embedding_loss", lambda *_, loss=loss: loss)
+        assert compressed(file_size=55_000)[1].embeddings == chosen
+    assert compressed(file_size=44_000)[1].embeddings == "4 bit", "nothing else fits"
+
+
+@torch.no_grad()
+def test_the_loss_of_embeddings_is_that_of_a_model_with_them():
+    model = tiny_model("llama-untied")
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    found = embedding_loss(model, windows().tokens, 4)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, state[name]), name
+    before = evaluate(model, windows()).loss.mean
+    pack_embeddings(model, torch.float32, 4)
+    assert found == pytest.approx(evaluate(model, windows()).loss.mean - before, abs=1e-5)
+    assert found != 0
 
 
 def test_a_saved_plan_replays_to_the_same_bytes(tmp_path):

@@ -90,7 +90,9 @@ def compress(
     dtype: Annotated[
         str | None, typer.Option(help="Of what stays uncompressed: auto, float16, bfloat16.")
     ] = None,
-    embeddings: Annotated[str | None, typer.Option(help="Bits of embeddings and head: auto, 16, 8.")] = None,
+    embeddings: Annotated[
+        str | None, typer.Option(help="Bits of embeddings and head: auto, 16, 8, 4.")
+    ] = None,
     recover: Annotated[
         str | None,
         typer.Option(help="block: tune each block as it is compressed; model: the whole at the end; both."),

@@ -126,8 +126,8 @@ def compress(
         shards.keep(OUTSIDE)
     cast_stored(model, dtype)
     embeddings = "16 bit"
-    if run.packed and config.embedding_bits == 8:
-        embeddings = pack_embeddings(model, dtype)
+    if run.packed and planned.embedding_bits < 16:
+        embeddings = pack_embeddings(model, dtype, planned.embedding_bits)
     provenance = {"config": config.to_dict(), "calibration": corpus.describe(), "versions": versions()}
     if run.packed:
         packed = PbspQuantizationConfig(left_uncompressed=plan.left_uncompressed, provenance=provenance)

@@ -20,7 +20,7 @@ _CHOICES = {
     "allocation": (AUTO, "uniform", "paper", "outliers"),
     "inputs": ("compressed", "original"),
     "dtype": (AUTO, "float16", "bfloat16"),
-    "embeddings": (AUTO, "16", "8"),
+    "embeddings": (AUTO, "16", "8", "4"),
     "recover": ("none", "block", "model", "both"),
 }
 _TEXT_OPTIONS: dict[str, type] = {"calibration": str, "samples": int, "context": int, "seed": int}
@@ -46,7 +46,7 @@ class Config:
             or of the original ones.
         dtype: of what stays uncompressed. "auto": the source's own 16-bit type; for a float32 source
             float16 if all its values are in range, else bfloat16.
-        embeddings: bits of the input embedding and of the head, "16" or "8". "auto" is 8 with `bits`,
+        embeddings: bits of the input embedding and of the head, "16", "8" or "4". "auto" is 8 with `bits`,
             `file_size` or `plan`, else 16.
         recover: what is tuned, codes, scales, norms and biases: "block", every block once it is compressed,
             until its output is near the original block's; "model", the whole model at the end, until its

@@ -12,26 +12,23 @@ from transformers import PreTrainedModel
 
 from pbsp.allocation.coarse import CoarseAllocation, coarse_plan
 from pbsp.allocation.measured import Costs, measure_costs
-from pbsp.allocation.menu import planes_bits
 from pbsp.allocation.plan import Plan, uniform_plan
 from pbsp.allocation.planfile import plan_of
+from pbsp.allocation.sizes import embedding_loss, plan_of_size
 from pbsp.calibration.importance import block_cosines, outlier_ratios
 from pbsp.calibration.sensitivity import gradient_lengths, token_weights
-from pbsp.config import Config
+from pbsp.config import AUTO, Config
 from pbsp.distributed import ALONE, Ranks
 from pbsp.errors import ConfigError
-from pbsp.integrations.embeddings import packable_embeddings
 from pbsp.methods.planes import PlaneFit
-from pbsp.models.blocks import Block, linear_weight
-from pbsp.models.precision import storage_dtype, stored_tensors
+from pbsp.models.blocks import Block
+from pbsp.models.shards import shards_of
 from pbsp.pruning.pattern import format_patterns, parse_patterns
-from pbsp.quantization.rows import SCALE_BYTES
-from pbsp.storage.bits import CODES, TensorSpec
-from pbsp.storage.planes import PlanesForm
-from pbsp.storage.safetensors_file import safetensors_bytes
 
 MEASURED_WINDOWS = 8
 """Windows that costs are measured on, and of which a backward pass holds hidden states at a time."""
+
+_SMALLEST = 4  # bits of embeddings
 
 T = TypeVar("T")
 
@@ -58,12 +55,14 @@ class Planned:
     """A plan, and where it comes from.
 
     Attributes:
+        embedding_bits: of the input embedding and the head.
         coarse: an allocation over blocks, where that was asked for.
         expected_loss: nats per token that the plan is expected to add, where costs were measured.
         token_weights: linear layer → weights of its tokens in its moment; where tokens weigh by gradient.
     """
 
     plan: Plan
+    embedding_bits: int
     coarse: CoarseAllocation | None = None
     expected_loss: float | None = None
     token_weights: Mapping[str, Tensor] = field(default_factory=dict)
@@ -73,7 +72,12 @@ class Planned:
         patterns = {name: format_patterns(planes) for name, planes in self.plan.patterns.items()}
         plan = {**asdict(self.plan), "patterns": patterns}
         coarse = None if self.coarse is None else asdict(self.coarse)
-        return {"plan": plan, "coarse": coarse, "expected_loss": self.expected_loss}
+        return {
+            "plan": plan,
+            "embedding_bits": self.embedding_bits,
+            "coarse": coarse,
+            "expected_loss": self.expected_loss,
+        }
 
     @staticmethod
     def from_dict(values: Mapping[str, Any], token_weights: Mapping[str, Tensor]) -> "Planned":
@@ -86,7 +90,7 @@ class Planned:
         if coarse is not None:
             lists = {name: tuple(value) for name, value in coarse.items() if name != "rule"}
             coarse = CoarseAllocation(**{**coarse, **lists})
-        return Planned(plan, coarse, values["expected_loss"], token_weights)
+        return Planned(plan, values["embedding_bits"], coarse, values["expected_loss"], token_weights)
 
 
 def check_request(blocks: list[Block], config: Config) -> None:
@@ -149,7 +153,7 @@ def make_plan(
     ]
     lengths += [part for one in ranks.gather(found) for part in one]
     importances = _importances(model, blocks, config, tokens, ranks)
-    planned = ranks.from_first(lambda: _chosen(model, blocks, config, costs, importances))
+    planned = ranks.from_first(lambda: _chosen(model, blocks, config, costs, importances, tokens[:first]))
     return replace(planned, token_weights=_joined_weights(lengths, tokens.numel()))
 
 
@@ -192,13 +196,14 @@ def _chosen(
     config: Config,
     costs: Costs | None,
     importances: list[float],
+    tokens: Tensor,
 ) -> Planned:
+    bits = config.embedding_bits
     if config.plan:
-        return Planned(plan_of(blocks, config.plan))
+        return Planned(plan_of(blocks, config.plan), bits)
     if config.budgeted:
         assert costs is not None, "they were measured"
-        plan = _within(model, config, costs)
-        return Planned(plan, expected_loss=costs.expected_loss(plan))
+        return _within_budget(model, config, costs, tokens)
     if config.coarse:
         plan, coarse = coarse_plan(
             blocks,
@@ -208,62 +213,28 @@ def _chosen(
             strict=config.strict,
             spread=config.spread,
         )
-        return Planned(plan, coarse)
-    return Planned(uniform_plan(blocks, config.patterns, strict=config.strict))
+        return Planned(plan, bits, coarse)
+    return Planned(uniform_plan(blocks, config.patterns, strict=config.strict), bits)
 
 
-def file_bytes(model: PreTrainedModel, plan: Plan, config: Config) -> int:
-    """Size of the model's one weight file with its linears as planned, to the byte."""
-    dtype = storage_dtype(model, config.dtype)
-    block = config.build().block  # pyright: ignore[reportAttributeAccessIssue] - plans are of planes
-    embeddings = packable_embeddings(model) if config.embedding_bits == 8 else {}
-    tensors: list[tuple[str, TensorSpec]] = []
-    for key, tensor in stored_tensors(model):
-        name = key.removesuffix(f".{CODES}")
-        if name in plan.patterns:
-            module = model.get_submodule(name)
-            rows, columns = linear_weight(module).shape
-            form = PlanesForm(plan.patterns[name], columns, rows, block)
-            tensors += [(f"{name}.{suffix}", spec) for suffix, spec in form.specs().items()]
-        elif name in embeddings:
-            shape = len(tensor), tensor.shape[1] + SCALE_BYTES
-            tensors.append((key, TensorSpec(shape, torch.uint8, "")))
-        else:
-            kept = dtype if tensor.is_floating_point() else tensor.dtype
-            tensors.append((key, TensorSpec(tuple(tensor.shape), kept, "")))
-    return safetensors_bytes(tensors, {"format": "pt"})
-
-
-def planned_bits(model: PreTrainedModel, plan: Plan, block: int) -> float:
-    """Stored bits per weight over all linear layers, as `CompressionReport.stored_bits` will say."""
-    bits = weights = 0
-    for name, patterns in plan.patterns.items():
-        rows, columns = linear_weight(model.get_submodule(name)).shape
-        bits += planes_bits(patterns, rows, columns, block)
-        weights += rows * columns
-    for name in plan.left_uncompressed:
-        left = linear_weight(model.get_submodule(name)).numel()
-        bits += 16 * left
-        weights += left
-    return bits / weights
-
-
-def _within(model: PreTrainedModel, config: Config, costs: Costs) -> Plan:
-    """The best plan in the config's budget."""
+def _within_budget(model: PreTrainedModel, config: Config, costs: Costs, tokens: Tensor) -> Planned:
+    """The best plan within the config's bits or bytes; with the better bits of embeddings if these are open."""
+    bits = config.embedding_bits
     if config.file_size is None:
         assert config.bits is not None
-        return costs.plan(int(config.bits * costs.weights))
-    budget = 8 * config.file_size
-    for _ in range(8):  # the header's length depends on the plan, a little
+        plan = costs.plan(int(config.bits * costs.weights))
+        return Planned(plan, bits, expected_loss=costs.expected_loss(plan))
+    added = {bits: 0.0}
+    if config.embeddings == AUTO and not shards_of(model):  # block by block there is no whole model to ask
+        added[_SMALLEST] = embedding_loss(model, tokens, _SMALLEST)
+    found, refused = [], None
+    for bits, loss in added.items():
         try:
-            plan = costs.plan(budget)
-        except ConfigError:
-            smallest = file_bytes(model, costs.smallest(), config)
-            raise ConfigError(
-                f"no plan fits in {config.file_size:,} bytes: the smallest takes {smallest:,}"
-            ) from None
-        over = file_bytes(model, plan, config) - config.file_size
-        if over <= 0:
-            return plan
-        budget = min(budget, costs.bits(plan)) - 8 * over
-    raise AssertionError("the budget does not settle")
+            plan = plan_of_size(model, config, costs, bits)
+        except ConfigError as error:
+            refused = error
+            continue
+        found.append(Planned(plan, bits, expected_loss=costs.expected_loss(plan) + loss))
+    if refused and not found:
+        raise refused
+    return min(found, key=lambda planned: planned.expected_loss or 0.0)

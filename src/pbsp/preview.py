@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pbsp.allocation.plan import Plan
 from pbsp.allocation.planfile import written_plan
+from pbsp.allocation.sizes import file_bytes, planned_bits
 from pbsp.calibration.corpus import Corpus
 from pbsp.calibration.moments import collect_moments
 from pbsp.calibration.walk import Walk
@@ -22,7 +23,7 @@ from pbsp.models.blocks import Block, decoder_blocks, linear_weight
 from pbsp.models.experts import split_experts
 from pbsp.models.precision import check_finite
 from pbsp.models.shards import resident, shards_of
-from pbsp.planning import check_request, file_bytes, make_plan, planned_bits
+from pbsp.planning import check_request, make_plan
 
 _TRIED_ROWS = 64
 
@@ -82,7 +83,7 @@ def preview(
     return Preview(
         planes=written_plan(planned.plan),
         stored_bits=planned_bits(model, planned.plan, method.block),
-        weight_bytes=file_bytes(model, planned.plan, config),
+        weight_bytes=file_bytes(model, planned.plan, config, planned.embedding_bits),
         expected_loss=planned.expected_loss,
         seconds=_seconds(model, blocks, planned.plan, method, windows.tokens),
         memory_bytes=_memory(model, blocks, windows.tokens),

@@ -14,19 +14,21 @@ from tiny import CONFIGS, tiny_model, tiny_tokens
 PLAIN = [name for name in CONFIGS if not name.startswith("gemma")]
 
 
-def compressed(name, folder):
+def compressed(name, folder, bits=8):
     model = tiny_model(name)
     windows = Windows(tiny_tokens(2, 16), text="random", split="test", text_digest="0")
-    report = pbsp.compress(model, None, Config(pattern="4:8", embeddings="8"), corpus=windows)
+    report = pbsp.compress(model, None, Config(pattern="4:8", embeddings=str(bits)), corpus=windows)
     pbsp.save_compressed(model, None, folder, report)
     return model, report
 
 
-@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize(
+    ("name", "bits"), [*((name, 8) for name in PLAIN), ("llama", 4), ("llama-untied", 4)]
+)
 @torch.no_grad()
-def test_eight_bit_embeddings_survive_saving_and_loading(name, tmp_path):
-    model, report = compressed(name, tmp_path / "out")
-    assert report.embeddings == "8 bit"
+def test_quantized_embeddings_survive_saving_and_loading(name, bits, tmp_path):
+    model, report = compressed(name, tmp_path / "out", bits)
+    assert report.embeddings == f"{bits} bit"
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=model.dtype)
     assert isinstance(loaded.get_input_embeddings(), PackedEmbedding)
     assert isinstance(loaded.get_output_embeddings(), PackedHead)
@@ -96,6 +98,7 @@ def test_damaged_rows_are_refused(change, message, tmp_path):
         ("rows", -1, "rows is of a wrong type or out of range"),
         ("columns", "64", "columns is of a wrong type"),
         ("other", 1, "must have exactly the keys"),
+        ("bits", 5, "rows of 64 columns have no 5-bit form"),
     ],
 )
 def test_wrong_entries_are_refused(key, value, message, tmp_path):

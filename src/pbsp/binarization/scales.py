@@ -32,9 +32,7 @@ def encode_scales(scales: Float[Tensor, "out blocks"], offset: int) -> UInt8[Ten
     """Codes of the nearest representable scales, ties to even; values out of range are clamped."""
     mantissa, exponent = torch.frexp(scales.clamp_min(0.0))  # 0.5 ≤ mantissa < 1
     step = (exponent - (MANTISSA_BITS + 1) - offset).clamp(0, _LARGEST_EXPONENT)
-    # Beyond 2^127 all is clamped below, and beneath 2^-126 it rounds to zero.
-    shift = (exponent - offset - step).clamp(-126, 127)
-    steps = (mantissa * _power_of_two(shift)).round().clamp(max=2 * _HIDDEN_BIT).to(torch.int32)
+    steps = _ldexp(mantissa, exponent - offset - step).round().clamp(max=2 * _HIDDEN_BIT).to(torch.int32)
     # Consecutive codes are consecutive values, so a mantissa rounded up to 64 carries into the exponent.
     code = ((step << MANTISSA_BITS) + steps).clamp(0, LARGEST_CODE)
     return torch.where(mantissa == 0, 0, code).to(torch.uint8)
@@ -46,7 +44,7 @@ def decode_scales(codes: UInt8[Tensor, "out blocks"], offset: int) -> Float[Tens
     field = code >> MANTISSA_BITS
     fraction = code & (_HIDDEN_BIT - 1)
     mantissa = torch.where(field > 0, fraction + _HIDDEN_BIT, fraction)
-    return mantissa.to(torch.float32) * _power_of_two((field - 1).clamp_min(0) + offset)
+    return _ldexp(mantissa.to(torch.float32), (field - 1).clamp_min(0) + offset)
 
 
 def round_scales(scales: Float[Tensor, "planes out blocks"]) -> Float[Tensor, "planes out blocks"]:
@@ -60,9 +58,15 @@ def scale_offsets(scales: Float[Tensor, "planes out blocks"]) -> Int8[Tensor, "p
     return torch.tensor([scale_offset(plane) for plane in scales], dtype=torch.int8)
 
 
-def _power_of_two(exponent: Int32[Tensor, "out blocks"]) -> Float[Tensor, "out blocks"]:
-    """2^exponent for exponents from -126 to 127, from the bits of a float32.
+def _ldexp(
+    values: Float[Tensor, "out blocks"], exponent: Int32[Tensor, "out blocks"]
+) -> Float[Tensor, "out blocks"]:
+    """values · 2^exponent, for exponents from -252 to 254.
 
-    torch.ldexp asks the device for a power, which need not be exact there.
+    torch.ldexp asks the device for a power, which need not be exact there; here its two halves are made from
+    the bits of a float32.
     """
-    return ((exponent + 127) << 23).view(torch.float32)
+    half = exponent >> 1
+    for part in (half, exponent - half):
+        values = values * ((part + 127) << 23).view(torch.float32)
+    return values

@@ -1,4 +1,4 @@
-"""Embeddings and heads in 8 bit: put in a model, described in config.json, checked, and taken out again."""
+"""Embeddings and heads in 8 or 4 bit: put in a model, described in config.json, checked, taken out again."""
 
 import hashlib
 from collections.abc import Mapping
@@ -12,24 +12,19 @@ from transformers import PreTrainedModel
 from pbsp.errors import FormatError
 from pbsp.integrations.modules import replace_module
 from pbsp.packed_embedding import PackedEmbedding, PackedHead
-from pbsp.quantization.rows import SCALE_BYTES
+from pbsp.quantization.rows import WIDTHS, row_bytes, width_for
 from pbsp.storage.bits import CODES
 from pbsp.storage.checkpoint import StoredTensor, check_header, read_tensor
 
 
 @dataclass(frozen=True)
 class RowsEntry:
-    """What config.json says about one matrix of 8-bit rows; `sha256` is of its bytes."""
+    """What config.json says about one matrix of quantized rows; `sha256` is of its bytes."""
 
     rows: int
     columns: int
+    bits: int
     sha256: str
-
-    @staticmethod
-    def of(weight: Tensor) -> "RowsEntry":
-        """The entry of these bytes."""
-        digest = hashlib.sha256(weight.detach().cpu().contiguous().numpy().data).hexdigest()
-        return RowsEntry(weight.shape[0], weight.shape[1] - SCALE_BYTES, digest)
 
     def to_dict(self) -> dict[str, Any]:
         """The entry as JSON."""
@@ -38,20 +33,26 @@ class RowsEntry:
     @staticmethod
     def from_dict(name: str, entry: Any) -> "RowsEntry":
         """The entry of embedding `name` as JSON has it; FormatError unless it is whole."""
-        types = {"rows": int, "columns": int, "sha256": str}
+        types = {"rows": int, "columns": int, "bits": int, "sha256": str}
         if not isinstance(entry, Mapping) or set(entry) != set(types):
             raise FormatError(f"embedding {name}: its entry must have exactly the keys {', '.join(types)}")
         for key, expected in types.items():
             if type(entry[key]) is not expected or (expected is int and not 0 < entry[key] < 2**31):
                 raise FormatError(f"embedding {name}: {key} is of a wrong type or out of range")
-        return RowsEntry(**entry)
+        found = RowsEntry(**entry)
+        if found.bits not in WIDTHS or width_for(found.columns, found.bits) != found.bits:
+            raise FormatError(
+                f"embedding {name}: rows of {found.columns} columns have no {found.bits}-bit form"
+            )
+        return found
 
 
-def pack_embeddings(model: PreTrainedModel, dtype: torch.dtype) -> str:
-    """Replace the input embedding and the head by 8-bit rows; tied, they stay one matrix.
+def pack_embeddings(model: PreTrainedModel, dtype: torch.dtype, bits: int) -> str:
+    """Replace the input embedding and the head by quantized rows; tied, they stay one matrix.
 
     Args:
         dtype: of what is computed with them.
+        bits: 8, or 4 where the rows are whole groups.
 
     Returns:
         What was done, or why not: a matrix is only taken from a plain embedding or a linear without bias.
@@ -64,18 +65,21 @@ def pack_embeddings(model: PreTrainedModel, dtype: torch.dtype) -> str:
     plain = type(head) is nn.Linear and head.bias is None
     if tied and not plain:
         return f"16 bit: tied to a {type(head).__name__} that is more than a product"
-    embedding = PackedEmbedding(module.weight.shape[0], module.weight.shape[1], dtype, device="meta")
+    rows, columns = module.weight.shape
+    bits = width_for(columns, bits)
+    embedding = PackedEmbedding(rows, columns, dtype, device="meta", bits=bits)
     embedding.set_dense(module.weight)
     replace_module(model, name, embedding)
     if not isinstance(head, nn.Linear) or not plain:
-        return "8 bit" if head is None else f"8 bit; the head, {type(head).__name__}, 16 bit"
-    packed = PackedHead(head.weight.shape[0], head.weight.shape[1], dtype, device="meta")
+        return f"{bits} bit" if head is None else f"{bits} bit; the head, {type(head).__name__}, 16 bit"
+    rows, columns = head.weight.shape
+    packed = PackedHead(rows, columns, dtype, device="meta", bits=width_for(columns, bits))
     if tied:
         packed.weight = embedding.weight
     else:
         packed.set_dense(head.weight)
     replace_module(model, head_name, packed)
-    return "8 bit"
+    return f"{bits} bit"
 
 
 def packable_embeddings(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -94,16 +98,19 @@ def packable_embeddings(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def embedding_entries(model: PreTrainedModel) -> dict[str, RowsEntry]:
-    """The entries of a model's 8-bit rows; of tied ones, that of the embedding."""
-    found: dict[int, tuple[str, Tensor]] = {}
+    """The entries of a model's quantized rows; of tied ones, that of the embedding."""
+    found: dict[int, tuple[str, PackedEmbedding | PackedHead]] = {}
     for name, module in model.named_modules():
         if isinstance(module, PackedEmbedding | PackedHead):
-            found.setdefault(id(module.weight), (name, module.weight))
-    return {name: RowsEntry.of(weight) for name, weight in found.values()}
+            found.setdefault(id(module.weight), (name, module))
+    return {
+        name: RowsEntry(module.rows, module.columns, module.bits, _digest(module.weight))
+        for name, module in found.values()
+    }
 
 
 def place_embeddings(model: PreTrainedModel, entries: Mapping[str, RowsEntry]) -> None:
-    """Put empty 8-bit rows where the entries say, and in a tied head's place.
+    """Put empty quantized rows where the entries say, and in a tied head's place.
 
     Args:
         entries: by the model's own names.
@@ -123,18 +130,18 @@ def place_embeddings(model: PreTrainedModel, entries: Mapping[str, RowsEntry]) -
                 f"{'x'.join(map(str, module.weight.shape))} in {type(model).__name__}"
             )
         kind = PackedEmbedding if isinstance(module, nn.Embedding) else PackedHead
-        replace_module(model, name, kind(entry.rows, entry.columns, module.weight.dtype, device="meta"))
+        replace_module(model, name, _empty(kind, entry, module.weight.dtype))
     head_name, head = _head(model)
-    if isinstance(head, nn.Linear) and _tied_source(model, head_name) in entries:
-        rows, columns = head.weight.shape
-        replace_module(model, head_name, PackedHead(rows, columns, head.weight.dtype, device="meta"))
+    entry = entries.get(_tied_source(model, head_name) or "")
+    if isinstance(head, nn.Linear) and entry is not None:
+        replace_module(model, head_name, _empty(PackedHead, entry, head.weight.dtype))
 
 
 def check_embedding(name: str, entry: RowsEntry, stored: Mapping[str, StoredTensor]) -> None:
     """Compare a stored matrix with its entry; FormatError, naming it, if it is missing or differs."""
     key = f"{name}.{CODES}"
-    check_header(key, stored, (entry.rows, entry.columns + SCALE_BYTES), ("U8",))
-    found = RowsEntry.of(read_tensor(stored[key])).sha256
+    check_header(key, stored, (entry.rows, row_bytes(entry.columns, entry.bits)), ("U8",))
+    found = _digest(read_tensor(stored[key]))
     if found != entry.sha256:
         raise FormatError(
             f"embedding {name}: the SHA-256 of its bytes is {found}, config.json says {entry.sha256}: "
@@ -155,6 +162,16 @@ def unpack_embeddings(model: PreTrainedModel, dtype: torch.dtype) -> None:
             plain = nn.Embedding(rows, columns) if embeds else nn.Linear(columns, rows, bias=False)
         plain.weight = weight
         replace_module(model, name, plain)
+
+
+def _empty(
+    kind: type[PackedEmbedding | PackedHead], entry: RowsEntry, dtype: torch.dtype
+) -> PackedEmbedding | PackedHead:
+    return kind(entry.rows, entry.columns, dtype, device="meta", bits=entry.bits)
+
+
+def _digest(weight: Tensor) -> str:
+    return hashlib.sha256(weight.detach().cpu().contiguous().numpy().data).hexdigest()
 
 
 def _tied_source(model: PreTrainedModel, head_name: str) -> str | None:

@@ -35,7 +35,7 @@ class PbspQuantizationConfig(QuantizationConfigMixin):
     Attributes:
         layers: entry of each packed linear, by module name.
         left_uncompressed: reason for each linear that was left as it was, by module name.
-        embeddings: entry of each embedding or head that is stored in 8 bit, by module name.
+        embeddings: entry of each embedding or head that is stored in 8 or 4 bit, by module name.
         provenance: how the model was made: settings, corpus digest, seed, versions; plain JSON.
     """
 
@@ -68,7 +68,7 @@ class PbspQuantizationConfig(QuantizationConfigMixin):
                 f"the model has format version {version!r}; this pbsp reads version {FORMAT_VERSION}: "
                 "install the pbsp that wrote it, or compress the model again"
             )
-        config_dict = {"embeddings": {}, **config_dict}  # absent where none is stored in 8 bit
+        config_dict = {"embeddings": {}, **config_dict}  # absent where none is quantized
         objects = ("layers", "left_uncompressed", "embeddings", "provenance")
         if unknown := set(config_dict) - {"quant_method", "format_version", *objects}:
             raise FormatError(f"unknown keys in quantization_config: {', '.join(sorted(unknown))}")

@@ -15,11 +15,11 @@
 //   add_16(support, plus, scale, row)   row[i] ± scale for 16 weights
 #pragma once
 
-#include "bytes.hpp"
 #include "decode.hpp"
 #include "multiply.hpp"
 #include "planes.hpp"
 #include "prepare.hpp"
+#include "quantized_rows.hpp"
 #include "search.hpp"
 
 namespace pbsp {
@@ -28,7 +28,7 @@ namespace {
 template <class Isa>
 constexpr Kernels kernels_of() {
   return {Isa::kName, Isa::kTileRows, Isa::kLanes, prepare_tile<Isa>, multiply_rows<Isa>, decode_rows<Isa>,
-          multiply_bytes, search_codes<Isa>};
+          multiply_quantized<ByteRows>, multiply_quantized<NibbleRows>, search_codes<Isa>};
 }
 
 }  // namespace

@@ -148,7 +148,7 @@ int guarded(const Work& work) {
 
 }  // namespace
 
-int pbsp_abi() { return 3; }
+int pbsp_abi() { return 4; }
 
 int pbsp_supports(const char* name) { return kernels_named(name) != nullptr; }
 
@@ -207,14 +207,16 @@ int pbsp_decode(const char* name, const PbspMatrix* given, int64_t low, int64_t 
   });
 }
 
-int pbsp_multiply_bytes(const char* name, const uint8_t* packed, int64_t rows, int64_t columns, const float* x,
-                        int64_t x_rows, float* y, int threads) {
+int pbsp_multiply_rows(const char* name, int bits, const uint8_t* packed, int64_t rows, int64_t columns,
+                       const float* x, int64_t x_rows, float* y, int threads) {
   return guarded([&] {
     const Kernels& kernels = *kernels_named(name);
-    const ByteProduct product{packed, rows, columns, x, x_rows, y};
+    const RowProduct product{packed, rows, columns, x, x_rows, y};
     threads = static_cast<int>(std::clamp<int64_t>(rows * columns * x_rows / kThreadProducts, 1, threads));
     const int64_t step = std::max<int64_t>(1, kTaskWeights / columns);
-    parallel(rows, step, threads, [&](int64_t low, int64_t high) { kernels.bytes(product, low, high); });
+    parallel(rows, step, threads, [&](int64_t low, int64_t high) {
+      (bits == 8 ? kernels.bytes : kernels.nibbles)(product, low, high);
+    });
   });
 }
 

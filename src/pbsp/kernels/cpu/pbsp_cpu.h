@@ -48,9 +48,9 @@ PBSP_EXPORT int pbsp_multiply(const char* name, const PbspMatrix* matrix, const 
 PBSP_EXPORT int pbsp_decode(const char* name, const PbspMatrix* matrix, int64_t low, int64_t high, void* dense,
                             int dtype, int threads);
 
-/* y (x_rows, rows) = x (x_rows, columns) * transposed rows of `columns` signed bytes and a float16 scale each. */
-PBSP_EXPORT int pbsp_multiply_bytes(const char* name, const uint8_t* packed, int64_t rows, int64_t columns,
-                                    const float* x, int64_t x_rows, float* y, int threads);
+/* y (x_rows, rows) = x (x_rows, columns) * transposed rows of 8 or 4 bits a number, as embeddings are stored. */
+PBSP_EXPORT int pbsp_multiply_rows(const char* name, int bits, const uint8_t* packed, int64_t rows, int64_t columns,
+                                   const float* x, int64_t x_rows, float* y, int threads);
 
 /* For every row the code of `group` weights, `kept` of them 1 or -1 and the others 0, that minimises
  * scale * c G c - 2 c . correlation; G is `metric` (group, group), correlation and codes are (group, rows). The

@@ -71,8 +71,8 @@ struct Product {
   Dtype dtype;
 };
 
-// y (x_rows, rows) = x (x_rows, columns) · transposed 8-bit rows, see bytes.hpp.
-struct ByteProduct {
+// y (x_rows, rows) = x (x_rows, columns) · transposed quantized rows, see quantized_rows.hpp.
+struct RowProduct {
   const uint8_t* packed;
   int64_t rows;
   int64_t columns;
@@ -106,7 +106,8 @@ struct Kernels {
   void (*multiply)(const Product& product, int64_t low, int64_t high, uint64_t* words);
   void (*decode)(const Matrix& matrix, int64_t low, int64_t high, void* dense, Dtype dtype, uint64_t* words,
                  float* row);
-  void (*bytes)(const ByteProduct& product, int64_t low, int64_t high);
+  void (*bytes)(const RowProduct& product, int64_t low, int64_t high);
+  void (*nibbles)(const RowProduct& product, int64_t low, int64_t high);
   void (*search)(const CodeSearch& search, int64_t low, int64_t high);
 };
 
