@@ -1,9 +1,20 @@
 """Check every jaxtyping annotation of the package while it is tested."""
 
-import pytest
-from jaxtyping import install_import_hook
+import importlib
 
-hook = install_import_hook("pbsp", "beartype.beartype")
+import pytest
+
+import annotations
+
+for library in (
+    "torch",
+    "transformers.modeling_utils",
+    "transformers.integrations.finegrained_fp8",
+    "lm_eval.evaluator",
+    "lm_eval.models.huggingface",
+):
+    importlib.import_module(library)  # within a module that is checked it would be compiled anew, for 20 s
+annotations.install("pbsp")
 
 
 @pytest.fixture
