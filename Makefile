@@ -15,10 +15,10 @@ demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py
 
 test: $(DEVELOPED) lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
 test-all: $(DEVELOPED) lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "slow or not slow"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m "slow or not slow"
 
 lint: $(DEVELOPED)
 	$(BIN)/ruff check .

@@ -1,9 +1,28 @@
 """Check every jaxtyping annotation of the package while it is tested."""
 
-import pytest
-from jaxtyping import install_import_hook
+import importlib
 
-hook = install_import_hook("pbsp", "beartype.beartype")
+import pytest
+
+import annotations
+from fresh import LIBRARIES, Forks
+
+for library in (*LIBRARIES, "lm_eval.evaluator", "lm_eval.models.huggingface"):
+    importlib.import_module(library)  # within a module that is checked it would be compiled anew, for 20 s
+annotations.install("pbsp")
+
+
+def pytest_collection_modifyitems(items):
+    """Put the longest file first, so that no two workers share it and each make what its tests share."""
+    items.sort(key=lambda item: item.path.name != "test_ranks.py")
+
+
+@pytest.fixture(scope="session")
+def fresh():
+    """Runs Python code in a process of its own, in which annotations are not checked; see fresh.py."""
+    forks = Forks()
+    yield forks.run
+    forks.close()
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from pbsp.config import Config
 from pbsp.errors import ConfigError, CorpusError, ModelError, OutputError
 from pbsp.models.load import load_model
 from pbsp.unfinished import Unfinished
-from tiny import CONFIGS, tiny_model, tiny_tokenizer, tiny_tokens
+from tiny import CONFIGS, FAMILIES, tiny_model, tiny_tokenizer, tiny_tokens
 
 WINDOWS = Windows(tiny_tokens(4, 32), text="random", split="test", text_digest="0")
 
@@ -53,7 +53,7 @@ def source_of(name, folder, *, dtype=torch.float32, **saving):
     return folder
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_both_ways_give_the_same_bytes(name, tmp_path):
     source = source_of(name, tmp_path / "source", max_shard_size="100KB")
     whole = run(source, tmp_path / "whole", "whole", pattern="4:8")
@@ -86,17 +86,24 @@ def test_every_pass_over_the_model_reads_it_block_by_block(settings, tmp_path):
     assert same(tmp_path / "whole", tmp_path / "blocks")
 
 
+@pytest.fixture(scope="module", params=[{"bits": 1.5}, {"pattern": "2:8", "recover": "block"}], ids=str)
+def uninterrupted(request, tmp_path_factory):
+    """Settings, a source, and what a run in memory as a whole makes of it."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    source = source_of("mixtral", folder / "source")
+    run(source, folder / "whole", "whole", **request.param)
+    return request.param, source, folder / "whole"
+
+
 @pytest.mark.parametrize(
     ("first", "second"), [("blocks", "blocks"), ("whole", "blocks"), ("blocks", "whole")]
 )
-@pytest.mark.parametrize("settings", [{"bits": 1.5}, {"pattern": "2:8", "recover": "block"}], ids=str)
-def test_a_run_goes_on_either_way(first, second, settings, tmp_path):
-    source = source_of("mixtral", tmp_path / "source")
-    run(source, tmp_path / "whole", "whole", **settings)
+def test_a_run_goes_on_either_way(first, second, uninterrupted, tmp_path):
+    settings, source, whole = uninterrupted
     with pytest.raises(Stopped):
         run(source, tmp_path / "out", first, stop_before=1, kept=tmp_path / "kept", **settings)
     run(source, tmp_path / "out", second, kept=tmp_path / "kept", **settings)
-    assert same(tmp_path / "whole", tmp_path / "out")
+    assert same(whole, tmp_path / "out")
 
 
 def test_linears_that_do_not_tile_are_written_as_they_are(tmp_path):

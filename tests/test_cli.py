@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import pbsp.commands
 import pbsp.commands_evaluate
+from fresh import PBSP
 from pbsp.cli import main
 from tiny import CONFIGS, tiny_model, tiny_tokenizer
 
@@ -282,23 +283,18 @@ def test_no_arguments_show_the_help(capsys):
     assert "compress" in succeeds(capsys)
 
 
-def test_module_runs_quietly_in_a_process_of_its_own(tmp_path, source, compressed):
-    for arguments in (
-        ["compress", source, "-o", str(tmp_path / "out"), *SELF],
-        ["generate", str(compressed), "hello", "--max-tokens", "200"],
+def test_module_runs_quietly_in_a_process_of_its_own(tmp_path, source, compressed, fresh):
+    command = [sys.executable, "-m", "pbsp", "compress", source, "-o", str(tmp_path / "out"), *SELF]
+    for done in (
+        subprocess.run(command, capture_output=True, text=True, timeout=120),
+        fresh(PBSP, "generate", compressed, "hello", "--max-tokens", "200"),
     ):
-        done = subprocess.run(
-            [sys.executable, "-m", "pbsp", *arguments], capture_output=True, text=True, timeout=120
-        )
         assert (done.returncode, done.stderr) == (0, "")
         assert done.stdout
 
 
-def test_module_reports_a_fault_in_one_line_and_code_2(tmp_path):
-    arguments = ["compress", str(tmp_path / "none"), "-o", str(tmp_path / "out"), *SELF]
-    done = subprocess.run(
-        [sys.executable, "-m", "pbsp", *arguments], capture_output=True, text=True, timeout=120
-    )
+def test_module_reports_a_fault_in_one_line_and_code_2(tmp_path, fresh):
+    done = fresh(PBSP, "compress", tmp_path / "none", "-o", tmp_path / "out", *SELF)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("pbsp: ")
     assert done.stderr.count("\n") == 1

@@ -1,6 +1,4 @@
 import copy
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -50,7 +48,7 @@ def test_compressed_model_saves_loads_and_generates(name, tmp_path):
 
 
 @torch.no_grad()
-def test_a_fresh_process_gives_the_same_logits(tmp_path):
+def test_a_fresh_process_gives_the_same_logits(tmp_path, fresh):
     model, report = compressed()
     pbsp.save_compressed(model, None, tmp_path / "out", report)
     torch.save(model(tiny_tokens(1)).logits, tmp_path / "logits.pt")
@@ -61,7 +59,8 @@ def test_a_fresh_process_gives_the_same_logits(tmp_path):
         "tokens = torch.randint(0, 256, (1, 32), generator=torch.Generator().manual_seed(0))\n"
         "assert torch.equal(model(tokens).logits, torch.load(sys.argv[1] + '/logits.pt'))\n"
     )
-    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, timeout=120)
+    ended = fresh(script, tmp_path)
+    assert ended.returncode == 0, ended.stderr[-2000:]
 
 
 @torch.no_grad()

@@ -1,8 +1,5 @@
 """The same seed gives the same bytes, and the caller's random states are left as they were."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -75,12 +72,11 @@ for name, action in actions.items():
 """
 
 
-def test_random_states_of_the_caller_are_left_as_they_were(tmp_path):
+def test_random_states_of_the_caller_are_left_as_they_were(tmp_path, fresh):
     """In a process of its own: the checks of types in the tests draw random numbers themselves."""
     tiny_model().save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
-    command = [sys.executable, "-c", ACTIONS, str(tmp_path / "model"), str(tmp_path / "out")]
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = fresh(ACTIONS, tmp_path / "model", tmp_path / "out")
     assert result.returncode == 0, result.stderr[-2000:]
     lines = result.stdout.splitlines()
     assert lines == ["compress True", "evaluate True", "generate True", "compare True"]

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fresh import TWO
 from pbsp.cli import main
 from pbsp.compress import check_ranks
 from pbsp.config import Config
@@ -40,7 +41,7 @@ def said(ended):
 
 
 def exit_codes(ended):
-    """Of the processes, as torchrun reports them when it has failed."""
+    """Of the processes, as torchrun reports them when it has failed, or they themselves."""
     return re.findall(r"exitcode +: (-?\d+)", ended.stderr)
 
 
@@ -50,10 +51,10 @@ def files(folder):
 
 
 @pytest.fixture(scope="module")
-def worked(tmp_path_factory):
+def worked(tmp_path_factory, fresh):
     """The folder in which two processes have run `ranks_worker`, and what they found."""
     folder = tmp_path_factory.mktemp("ranks")
-    ended = torchrun(TESTS / "ranks_worker.py", folder)
+    ended = fresh(TWO, "from ranks_worker import main; main()", folder)
     assert ended.returncode == 0, ended.stderr[-3000:]
     return folder, json.loads((folder / "found.json").read_text())
 
@@ -126,16 +127,15 @@ def save_model(folder, model, text):
     (folder / "text.txt").write_text(text)
 
 
-def test_a_killed_process_ends_all_and_any_number_of_them_goes_on(tmp_path, capsys):
+def test_a_killed_process_ends_all_and_any_number_of_them_goes_on(tmp_path, capsys, fresh):
     save_model(tmp_path, tiny_model(), "The quick brown fox jumps over the lazy dog. " * 20)
-    (tmp_path / "dying.py").write_text(DYING)
-    ended = torchrun(tmp_path / "dying.py", *arguments_of(tmp_path))
+    ended = fresh(TWO, DYING, *arguments_of(tmp_path))
     assert sorted(exit_codes(ended)) == ["-9", "2"]
     (line,) = said(ended)
     assert "go on with --resume" in line
     assert ended.stdout == ""
     kept = tmp_path / "out.unfinished"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["dying.py", "model", kept.name, "text.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", kept.name, "text.txt"]
     assert Unfinished(kept).finished() == 1
     shutil.copytree(kept, tmp_path / "one.unfinished")
 

@@ -2,6 +2,7 @@
 
 import copy
 
+import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
@@ -84,6 +85,13 @@ CONFIGS: dict[str, PretrainedConfig] = {
         **_SHARED, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32
     ),
 }
+FAMILIES = [
+    name
+    if name in ("llama", "opt", "gpt2", "gemma3", "falcon", "mixtral")
+    else pytest.param(name, marks=pytest.mark.slow)
+    for name in CONFIGS
+]
+"""All, for tests whose like runs for every one of them: the normal run takes one of each kind of block."""
 DENSE = [name for name in CONFIGS if name not in ("mixtral", "qwen3-moe")]
 """Those whose linear layers are all there without splitting experts."""
 

@@ -1,3 +1,5 @@
+import shutil
+
 import pytest
 import torch
 from torch import nn
@@ -20,6 +22,20 @@ def compressed(name, folder, bits=8):
     report = pbsp.compress(model, None, Config(pattern="4:8", embeddings=str(bits)), corpus=windows)
     pbsp.save_compressed(model, None, folder, report)
     return model, report
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A folder of a tied Llama, which no test changes."""
+    folder = tmp_path_factory.mktemp("embeddings") / "out"
+    compressed("llama", folder)
+    return folder
+
+
+@pytest.fixture
+def llama(saved, tmp_path):
+    """The same, which a test may damage."""
+    return shutil.copytree(saved, tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -84,11 +100,10 @@ def shorten(tensors):
     ("change", "message"),
     [(flip, "embedding model.embed_tokens: the SHA-256"), (shorten, "model.embed_tokens.weight is U8")],
 )
-def test_damaged_rows_are_refused(change, message, tmp_path):
-    compressed("llama", tmp_path / "out")
-    edit_tensors(tmp_path / "out", change)
+def test_damaged_rows_are_refused(change, message, llama):
+    edit_tensors(llama, change)
     with pytest.raises(FormatError, match=message):
-        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        AutoModelForCausalLM.from_pretrained(llama)
 
 
 @pytest.mark.parametrize(
@@ -101,19 +116,16 @@ def test_damaged_rows_are_refused(change, message, tmp_path):
         ("bits", 5, "rows of 64 columns have no 5-bit form"),
     ],
 )
-def test_wrong_entries_are_refused(key, value, message, tmp_path):
-    compressed("llama", tmp_path / "out")
-
+def test_wrong_entries_are_refused(key, value, message, llama):
     def change(config):
         config["embeddings"]["model.embed_tokens"][key] = value
 
-    edit_config(tmp_path / "out", change)
+    edit_config(llama, change)
     with pytest.raises(FormatError, match=message):
-        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        AutoModelForCausalLM.from_pretrained(llama)
 
 
-def test_rows_that_the_config_does_not_list_are_refused(tmp_path):
-    compressed("llama", tmp_path / "out")
-    edit_config(tmp_path / "out", lambda config: config.update(embeddings={}))
+def test_rows_that_the_config_does_not_list_are_refused(llama):
+    edit_config(llama, lambda config: config.update(embeddings={}))
     with pytest.raises((FormatError, RuntimeError)):
-        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        AutoModelForCausalLM.from_pretrained(llama)

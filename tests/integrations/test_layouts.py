@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from functools import partial
 
@@ -27,7 +25,15 @@ NAMES = ["llama", "gpt2", "qwen2"]
 MAKERS = {"paper": partial(random_grouped, parts=2), "mixed": alternating}
 
 
-@pytest.fixture(scope="module", params=[(name, kind) for name in NAMES for kind in MAKERS], ids="-".join)
+QUICK = {("llama", "mixed"), ("gpt2", "paper"), ("qwen2", "mixed")}
+CASES = [
+    pytest.param((name, kind), marks=() if (name, kind) in QUICK else pytest.mark.slow, id=f"{name}-{kind}")
+    for name in NAMES
+    for kind in MAKERS
+]
+
+
+@pytest.fixture(scope="module", params=CASES)
 def saved(request, tmp_path_factory):
     """A saved model: (folder, model)."""
     name, kind = request.param
@@ -39,11 +45,18 @@ def saved(request, tmp_path_factory):
     return folder, model
 
 
+@pytest.fixture(scope="module")
+def paper(tmp_path_factory):
+    """A folder of a packed tied Llama, which no test changes."""
+    folder = tmp_path_factory.mktemp("paper")
+    packed_model("llama", "4:8", make=MAKERS["paper"]).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
-def llama(tmp_path):
-    """A folder of a packed tied Llama that a test may damage."""
-    packed_model("llama", "4:8", make=MAKERS["paper"]).save_pretrained(tmp_path)
-    return tmp_path
+def llama(paper, tmp_path):
+    """The same, which a test may damage."""
+    return shutil.copytree(paper, tmp_path / "llama")
 
 
 def test_loads_what_was_saved_and_saves_the_same_bytes(saved, tmp_path):
@@ -112,9 +125,9 @@ def test_layers_say_their_layout_in_config_json(saved):
         assert ("salient_parts" in entries[name]) == (module.form.layout == "paper")
 
 
-def test_a_process_without_pbsp_stops_instead_of_loading_noise(llama):
+def test_a_process_without_pbsp_stops_instead_of_loading_noise(llama, fresh):
     script = "import sys, transformers; transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])"
-    result = subprocess.run([sys.executable, "-c", script, str(llama)], capture_output=True, text=True)
+    result = fresh(script, llama)
     assert result.returncode != 0
     assert "q_proj.weight | MISMATCH" in " ".join(result.stderr.split())
 

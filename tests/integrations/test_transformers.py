@@ -1,7 +1,6 @@
 import json
 import os
-import subprocess
-import sys
+import shutil
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,7 @@ from pbsp.packed_linear import PackedLinear
 from pbsp.storage.checkpoint import packed_digest
 from random_planes import packed_model, random_planes
 from saved import edit_config, edit_tensors, load, logits, packed_linears
-from tiny import CONFIGS, tiny_model, tiny_tokenizer, tiny_tokens
+from tiny import CONFIGS, FAMILIES, tiny_model, tiny_tokenizer, tiny_tokens
 
 QUERY = "model.layers.0.self_attn.q_proj"
 LOAD = "import sys, torch, transformers{more}\nload = transformers.AutoModelForCausalLM.from_pretrained\n"
@@ -41,10 +40,9 @@ def saved(tmp_path_factory):
 
 
 @pytest.fixture
-def llama(tmp_path):
+def llama(saved, tmp_path):
     """A folder of a packed tied Llama that a test may damage."""
-    packed_model("llama").save_pretrained(tmp_path)
-    return tmp_path
+    return shutil.copytree(saved("llama")[0], tmp_path / "llama")
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -59,7 +57,7 @@ def test_every_architecture_loads_what_was_saved(saved, name):
     assert {module.conv1d for module in packed_linears(model).values()} == {name == "gpt2"}
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_saving_again_writes_the_same_bytes(saved, name, tmp_path):
     folder, _ = saved(name)
     load(folder).save_pretrained(tmp_path)
@@ -67,7 +65,7 @@ def test_saving_again_writes_the_same_bytes(saved, name, tmp_path):
         assert (tmp_path / file).read_bytes() == (folder / file).read_bytes(), file
 
 
-def test_a_fresh_process_computes_the_same_logits(saved):
+def test_a_fresh_process_computes_the_same_logits(saved, fresh):
     script = LOAD.format(more=", pbsp.integrations.transformers") + (
         "for name in sys.argv[1:]:\n"
         "    model, tokens = load(name), torch.load(name + '/tokens.pt')\n"
@@ -76,21 +74,21 @@ def test_a_fresh_process_computes_the_same_logits(saved):
     folders = [str(saved(name)[0]) for name in CONFIGS]
     for folder in folders:
         torch.save(tiny_tokens(), f"{folder}/tokens.pt")
-    subprocess.run([sys.executable, "-c", script, *folders], check=True, capture_output=True)
+    ended = fresh(script, *folders)
+    assert ended.returncode == 0, ended.stderr[-2000:]
     for name in CONFIGS:
         folder, expected = saved(name)
         assert torch.equal(torch.load(folder / "logits.pt"), expected)
 
 
-def test_a_process_without_pbsp_stops_instead_of_loading_noise(saved):
+def test_a_process_without_pbsp_stops_instead_of_loading_noise(saved, fresh):
     script = LOAD.format(more="") + "load(sys.argv[1])"
-    command = [sys.executable, "-c", script, str(saved("llama")[0])]
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = fresh(script, saved("llama")[0])
     assert result.returncode != 0
     assert "q_proj.weight | MISMATCH" in " ".join(result.stderr.split())
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_greedy_generation_equals_that_of_the_dense_reconstruction(saved, name):
     folder, _ = saved(name)
     options = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones(2, 8, dtype=torch.long)}
@@ -108,7 +106,7 @@ def test_pipelines_generate_with_packed_models(saved):
     assert text == tokenizer.decode(expected[0, 3:], skip_special_tokens=True)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_dequantized_models_save_and_load_as_plain_ones(saved, name, tmp_path):
     folder, expected = saved(name)
     model = load(folder).dequantize()

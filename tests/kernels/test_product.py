@@ -1,10 +1,5 @@
 """Every compiled path against float64 products with the decoded matrix."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -230,9 +225,7 @@ assert torch.equal(x.grad, grad)
 """
 
 
-def test_a_compiled_model_computes_the_same():
+def test_a_compiled_model_computes_the_same(fresh):
     # In a process of its own: torch.compile cannot trace the type checks that tests run under.
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
-    command = [sys.executable, "-c", COMPILED]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = fresh(COMPILED)
     assert done.returncode == 0, done.stderr[-2000:]

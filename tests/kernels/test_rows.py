@@ -1,7 +1,3 @@
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -80,18 +76,18 @@ PROBLEM = (
 )
 
 
-def run(script, **environment):
-    """In a process of its own, without the checks of annotations, which torch.compile cannot follow."""
-    subprocess.run([sys.executable, "-c", PROBLEM + script], check=True, env={**os.environ, **environment})
-
-
-def test_compiled_graphs_see_one_step():
-    run(
-        "compiled = torch.compile(lambda x: rows_linear(x, packed), fullgraph=True, backend='aot_eager')\n"
+def test_compiled_graphs_see_one_step(fresh):
+    # In a process of its own, without the checks of annotations, which torch.compile cannot follow.
+    ended = fresh(
+        PROBLEM
+        + "compiled = torch.compile(lambda x: rows_linear(x, packed), fullgraph=True, backend='aot_eager')\n"
         "with torch.no_grad():\n"
         "    assert torch.equal(compiled(x), rows_linear(x, packed))\n"
     )
+    assert ended.returncode == 0, ended.stderr[-2000:]
 
 
-def test_the_reference_path_is_taken_when_asked_for():
-    run("assert torch.equal(rows_linear(x, packed), _by_tiles(x, packed, 8))", PBSP_KERNEL="reference")
+def test_the_reference_path_is_taken_when_asked_for(fresh):
+    script = PROBLEM + "assert torch.equal(rows_linear(x, packed), _by_tiles(x, packed, 8))"
+    ended = fresh(script, PBSP_KERNEL="reference")
+    assert ended.returncode == 0, ended.stderr[-2000:]
