@@ -218,7 +218,7 @@ def _chosen(
 
 
 def _within_budget(model: PreTrainedModel, config: Config, costs: Costs, tokens: Tensor) -> Planned:
-    """The best plan within the config's bits or bytes; with the better bits of embeddings if these are open."""
+    """The best plan within the budget; with the better bits of embeddings where these are open."""
     bits = config.embedding_bits
     if config.file_size is None:
         assert config.bits is not None
