@@ -202,6 +202,7 @@ def main() -> None:
     parser.add_argument("text", metavar="TEXT", help="to evaluate on")
     parser.add_argument("-o", "--output", metavar="OUT", type=Path, required=True)
     parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--c4", required=True, help="file to calibrate on")
     parser.add_argument("--wikitext2", required=True, help="another, of TEXT's kind")
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
@@ -211,7 +212,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=20)
     parser.add_argument("--eval-context", type=int, default=2048)
     options = parser.parse_args()
-    loaded = load_model(options.model, dtype=torch.float32, device="cpu")
+    loaded = load_model(options.model, dtype=torch.float32, device=options.device)
     texts = {"text": options.text, "c4": options.c4, "wikitext2": options.wikitext2}
     ablations = Ablations(loaded, texts, options.output)
     with torch.no_grad():
