@@ -34,7 +34,7 @@ def original_moments(model: PreTrainedModel, tokens: torch.Tensor) -> dict[str, 
 
     def run() -> None:
         for window in tokens:
-            model.base_model(input_ids=window[None], use_cache=False)
+            model.base_model(input_ids=window[None].to(model.device), use_cache=False)
 
     return collect_moments(linears, run)
 
