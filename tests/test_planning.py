@@ -131,6 +131,7 @@ def test_a_preview_says_what_compress_then_does(tmp_path):
     pbsp.save_compressed(model, None, tmp_path / "out", report)
     assert found.stored_bits == pytest.approx(report.stored_bits)
     assert found.weight_bytes == weight_bytes(tmp_path / "out")
+    assert f"{found.embedding_bits} bit" == report.embeddings
     assert found.planes == pbsp.read_plan(tmp_path / "out" / "plan.toml")
     assert found.expected_loss == report.expected_loss
     assert found.seconds > 0

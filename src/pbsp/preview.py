@@ -35,6 +35,7 @@ class Preview:
     Attributes:
         planes: linear layer → its planes, as a plan file has them.
         stored_bits: per weight of all linear layers.
+        embedding_bits: of the input embedding and the head, where they can have fewer than 16.
         weight_bytes: of the weight file.
         expected_loss: nats per token, where costs were measured.
         seconds: about what calibrating and solving take, from trials on the first block.
@@ -44,6 +45,7 @@ class Preview:
 
     planes: dict[str, str]
     stored_bits: float
+    embedding_bits: int
     weight_bytes: int
     expected_loss: float | None
     seconds: float
@@ -83,6 +85,7 @@ def preview(
     return Preview(
         planes=written_plan(planned.plan),
         stored_bits=planned_bits(model, planned.plan, method.block),
+        embedding_bits=planned.embedding_bits,
         weight_bytes=file_bytes(model, planned.plan, config, planned.embedding_bits),
         expected_loss=planned.expected_loss,
         seconds=_seconds(model, blocks, planned.plan, method, windows.tokens),

@@ -36,6 +36,7 @@ def preview_table(found: Preview, source_bytes: int) -> Table:
     """What a compression would write and take."""
     table = Table(show_header=False)
     table.add_row("stored bits per weight (all linear layers)", f"{found.stored_bits:.4f}")
+    table.add_row("embeddings and head", f"{found.embedding_bits} bit")
     table.add_row("weight file", f"{found.weight_bytes:,} bytes")
     if source_bytes:
         table.add_row("source's weight files", f"{source_bytes:,} bytes")
