@@ -1,6 +1,6 @@
 """Seconds that methods take for one random layer, by their settings and the layer's width.
 
-The points behind the formula in docs/method.md, section "Cost" (one thread), and the table in docs/results.md,
+Points behind the formula in docs/method.md, section "Cost" (one thread), and the table in docs/results.md,
 section "On a GPU" (--device cuda).
 """
 
