@@ -5,12 +5,12 @@ import torch
 
 import pbsp
 from pbsp import planning
-from pbsp.allocation.sizes import embedding_loss, file_bytes
 from pbsp.calibration.corpus import Corpus
 from pbsp.calibration.windows import Windows
 from pbsp.config import Config
 from pbsp.errors import ConfigError
 from pbsp.evaluation.perplexity import evaluate
+from pbsp.file_size import embedding_loss, file_bytes
 from pbsp.integrations.embeddings import pack_embeddings
 from pbsp.models.blocks import decoder_blocks
 from pbsp.planning import make_plan

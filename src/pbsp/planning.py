@@ -14,12 +14,12 @@ from pbsp.allocation.coarse import CoarseAllocation, coarse_plan
 from pbsp.allocation.measured import Costs, measure_costs
 from pbsp.allocation.plan import Plan, uniform_plan
 from pbsp.allocation.planfile import plan_of
-from pbsp.allocation.sizes import embedding_loss, plan_of_size
 from pbsp.calibration.importance import block_cosines, outlier_ratios
 from pbsp.calibration.sensitivity import gradient_lengths, token_weights
 from pbsp.config import AUTO, Config
 from pbsp.distributed import ALONE, Ranks
 from pbsp.errors import ConfigError
+from pbsp.file_size import embedding_loss, plan_of_size
 from pbsp.methods.planes import PlaneFit
 from pbsp.models.blocks import Block
 from pbsp.models.shards import shards_of

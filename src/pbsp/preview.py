@@ -12,12 +12,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pbsp.allocation.plan import Plan
 from pbsp.allocation.planfile import written_plan
-from pbsp.allocation.sizes import file_bytes, planned_bits
 from pbsp.calibration.corpus import Corpus
 from pbsp.calibration.moments import collect_moments
 from pbsp.calibration.walk import Walk
 from pbsp.config import Config
 from pbsp.errors import ConfigError
+from pbsp.file_size import file_bytes, planned_bits
 from pbsp.methods.planes import PlaneFit
 from pbsp.models.blocks import Block, decoder_blocks, linear_weight
 from pbsp.models.experts import split_experts
