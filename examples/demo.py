@@ -31,15 +31,17 @@ def main() -> None:
     console.print(
         f"{MODEL}: {original.source_bytes / 1e6:.1f} MB as a 4-bit GGUF file; sampling its own text …"
     )
-    calibration = pbsp.corpus("self", samples=24, context=512).windows(tokenizer, model)
-    evaluation = pbsp.evaluation_windows("self", tokenizer, model, context=512, windows=7)
+    calibration = pbsp.corpus("self", samples=20, context=128).windows(tokenizer, model)
+    evaluation = pbsp.evaluation_windows("self", tokenizer, model, context=128, windows=12)
     compressed = {}
     for title, pattern in POINTS.items():
         folder = OUTPUT / pattern.replace(":", "-")
         shutil.rmtree(folder, ignore_errors=True)
         console.rule(f"{title}: {pattern}")
         source = pbsp.load_model(MODEL)
-        report = pbsp.compress(source.model, tokenizer, pbsp.Config(pattern=pattern), corpus=calibration)
+        # One sweep instead of three, and little text, as this is to end within minutes on two cores.
+        config = pbsp.Config(pattern=pattern, options={"sweeps": 1})
+        report = pbsp.compress(source.model, tokenizer, config, corpus=calibration)
         report = replace(report, source=MODEL, source_bytes=original.source_bytes)
         pbsp.save_compressed(source.model, tokenizer, folder, report)
         del source
