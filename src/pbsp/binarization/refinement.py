@@ -29,7 +29,8 @@ def refit_scales(
     chunk = max(1, _SYSTEM_BYTES // (8 * unknowns**2))
     solved = []
     for low in range(0, rows, chunk):
-        part = signs[:, low : low + chunk]
+        # Codes come columns first; products with them strided take twice as long.
+        part = signs[:, low : low + chunk].contiguous()
         system, right = _normal_equations(weight[low : low + chunk], part, hessian, scale_block)
         system.diagonal(dim1=1, dim2=2).add_(
             _RIDGE * system.diagonal(dim1=1, dim2=2).mean(1, keepdim=True) + 1e-30
