@@ -200,6 +200,10 @@ def _packed_tensors(draw):
     if layout == "paper":
         sizes["salient_parts"] = draw(st.integers(1, 3))
         patterns = patterns[:1]
+    elif layout == "rows":
+        sizes["bits"] = draw(st.sampled_from([4, 8]))
+        sizes["in_features"] *= draw(st.sampled_from([1, 32]))
+        del sizes["scale_block"]
     noise = draw(st.integers(0, 2**32 - 1))
     return layout, "+".join(patterns), sizes, noise, draw(st.booleans())
 
@@ -209,7 +213,9 @@ def packed(folder: Path) -> Target:
 
     def read(value):
         layout, patterns, sizes, noise, mostly_zero = value
-        entry = {"layout": layout, "patterns": patterns, **sizes, "bias": False, "sha256": "0" * 64}
+        entry = {"layout": layout, **sizes, "bias": False, "sha256": "0" * 64}
+        if layout != "rows":
+            entry["patterns"] = patterns
         form = LayerEntry.from_dict("a", entry).form
         generator = torch.Generator().manual_seed(noise)
         tensors = {}

@@ -220,6 +220,38 @@ def gptq_by_reinversion(weight, hessian, width, block, *, search):
     return current
 
 
+def rows_by_reinversion(weight, hessian, bits):
+    """Integers of layout `rows` from their definition: what is left of the hessian is inverted every time."""
+
+    def half(number):
+        return struct.unpack("<e", struct.pack("<e", number))[0]
+
+    def value(weight, scale):
+        if bits == 8:
+            return scale * min(max(round(weight / scale), -127), 127)
+        return scale * (min(max(round(weight / scale + 7.5), 0), 15) - 7.5)
+
+    def scale_of(row):
+        largest = max(map(abs, row))
+        if bits == 8:
+            scale = half(largest / 127)
+            # the next float16, if that is below
+            return scale if scale >= largest / 127 else half(scale * (1 + 2**-10))
+        tried = [half(largest / 7.5 * shrink) for shrink in (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)]
+        return min(tried, key=lambda scale: sum((value(w, scale) - w) ** 2 for w in row))
+
+    current = weight.clone()
+    for j in range(weight.shape[1]):
+        if (bits == 4 and j % 32 == 0) or j == 0:
+            end = j + 32 if bits == 4 else None
+            scales = [scale_of(row) for row in current[:, j:end].tolist()]
+        inverse = torch.linalg.inv(hessian[j:, j:])
+        rounded = [value(w, scale) for w, scale in zip(current[:, j].tolist(), scales, strict=True)]
+        error = current[:, j] - torch.tensor(rounded, dtype=weight.dtype)
+        current[:, j:] -= torch.outer(error / inverse[0, 0], inverse[0])
+    return current
+
+
 def binarized_by_hand(values, *, terms=1, means=True):
     """The base binarizer of a few numbers: what each is approximated by, zero counting as positive."""
     total = [0.0] * len(values)

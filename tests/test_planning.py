@@ -1,4 +1,5 @@
 import os
+from functools import partial
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from pbsp import planning
 from pbsp.calibration.corpus import Corpus
 from pbsp.calibration.windows import Windows
 from pbsp.config import Config
+from pbsp.embedding_rounding import head_moment, round_head
 from pbsp.errors import ConfigError
 from pbsp.evaluation.perplexity import evaluate
 from pbsp.file_size import embedding_loss, file_bytes
@@ -32,7 +34,7 @@ def weight_bytes(folder):
     return os.path.getsize(folder / "model.safetensors")
 
 
-@pytest.mark.parametrize("bits", [1.0, 1.5, 2.25, 3.0])
+@pytest.mark.parametrize("bits", [1.0, 1.5, 2.25, 3.0, 6.0])
 def test_stored_bits_use_the_budget_and_never_exceed_it(bits):
     _, report = compressed(bits=bits)
     assert bits - 0.15 < report.stored_bits <= bits
@@ -76,7 +78,8 @@ def test_the_loss_of_embeddings_is_that_of_a_model_with_them():
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, state[name]), name
     before = evaluate(model, windows()).loss.mean
-    pack_embeddings(model, torch.float32, 4)
+    moment = head_moment(model, lambda: [model(window[None]) for window in windows().tokens])
+    pack_embeddings(model, torch.float32, 4, round_head=partial(round_head, moment=moment))
     assert found == pytest.approx(evaluate(model, windows()).loss.mean - before, abs=1e-5)
     assert found != 0
 
@@ -89,6 +92,21 @@ def test_a_saved_plan_replays_to_the_same_bytes(tmp_path):
     pbsp.save_compressed(model, None, tmp_path / "second", report)
     first, second = (tmp_path / name / "model.safetensors" for name in ("first", "second"))
     assert first.read_bytes() == second.read_bytes()
+
+
+def test_integers_are_planned_where_planes_end_and_replay_from_the_file(tmp_path):
+    model, report = compressed(bits=6.0)
+    assert {layer.pattern for layer in report.layers} >= {"4 bit", "8 bit"}
+    pbsp.save_compressed(model, None, tmp_path / "out", report)
+    plan = pbsp.read_plan(tmp_path / "out" / "plan.toml")
+    _, again = compressed(plan=plan)
+    assert [(layer.pattern, layer.output_error) for layer in again.layers] == [
+        (layer.pattern, layer.output_error) for layer in report.layers
+    ]
+    loaded = pbsp.load_model(str(tmp_path / "out"), dtype=model.dtype).model
+    with torch.no_grad():
+        found, expected = (each(tiny_tokens()).logits for each in (loaded, model))
+    assert torch.equal(found, expected)
 
 
 def test_layers_that_matter_get_more_bits():

@@ -17,7 +17,9 @@ VARIANTS = [
 
 
 def build_variant(name: str, options: dict, block: int) -> Method:
-    """The method, with blocks of that size if it has blocks."""
+    """The method, with blocks of that size if it has blocks; integers in 8 bit, as 4 need wider rows."""
+    if name == "integers":
+        return build_method(name, None, {"bits": 8})
     blocks = {"block": block} if "block" in option_types(name) else {}
     return build_method(name, None, {**blocks, **options})
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from pbsp.allocation.entry import format_entry
 from pbsp.calibration.experts import ExpertInputs
 from pbsp.calibration.moments import collect_block_moments
 from pbsp.calibration.states import States, copied
@@ -21,7 +22,6 @@ from pbsp.models.blocks import Block, linear_weight
 from pbsp.models.shards import resident, shards_of
 from pbsp.packed_linear import PackedLinear
 from pbsp.planning import Planned
-from pbsp.pruning.pattern import format_patterns
 from pbsp.recovery.block import BlockRecovery, BlockTask, adapt_block, recover_block
 from pbsp.report import BlockReport, LayerReport
 from pbsp.resources import peak_rss_bytes
@@ -102,7 +102,7 @@ class BlockRun:
         block = self.blocks[index]
         original_inputs = self.config.inputs == "original"
         linears = {
-            name: module for name, module in block.linears().items() if name in self.planned.plan.patterns
+            name: module for name, module in block.linears().items() if name in self.planned.plan.entries
         }
         with timed(self.seconds, "calibrate"):
             for window, hidden in enumerate(self.originals):
@@ -261,7 +261,7 @@ class BlockRun:
             return LayerReport.of(name, layer, error)
         self.packed = False
         linear_weight(module).copy_(representation.dense())
-        pattern = format_patterns(self.planned.plan.patterns[name]) or "dense"
+        pattern = format_entry(self.planned.plan.entries[name]) or "dense"
         return LayerReport.of_values(name, representation, pattern, error)
 
 

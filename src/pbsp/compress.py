@@ -13,7 +13,9 @@ from pbsp.calibration.corpus import Corpus
 from pbsp.calibration.windows import Windows
 from pbsp.config import Config
 from pbsp.distributed import ALONE, Ranks
+from pbsp.embedding_rounding import head_moment, round_head
 from pbsp.errors import ConfigError
+from pbsp.file_size import mean_loss
 from pbsp.integrations.embeddings import pack_embeddings
 from pbsp.integrations.transformers import PbspQuantizationConfig, attach
 from pbsp.methods.table import packs
@@ -21,7 +23,7 @@ from pbsp.models.blocks import decoder_blocks, linear_weight
 from pbsp.models.experts import split_experts
 from pbsp.models.precision import cast_stored, check_finite, storage_dtype, weights_digest
 from pbsp.models.shards import OUTSIDE, shards_of
-from pbsp.planning import Measured, Planned, check_request, make_plan
+from pbsp.planning import MEASURED_WINDOWS, Measured, Planned, check_request, make_plan
 from pbsp.recovery.model import MODEL_TUNING, recover_model
 from pbsp.report import Bits, CompressionReport
 from pbsp.resources import peak_rss_bytes
@@ -124,10 +126,17 @@ def compress(
             del teacher
     if shards:
         shards.keep(OUTSIDE)
+    moment = None
+    if planned.embedding_bits == 4 and not shards:  # block by block there is no whole model to run
+        some = corpus.tokens[:MEASURED_WINDOWS]
+        with timed(seconds, "calibrate"):
+            moment = head_moment(model, lambda: mean_loss(model, some))
     cast_stored(model, dtype)
     embeddings = "16 bit"
     if run.packed and planned.embedding_bits < 16:
-        embeddings = pack_embeddings(model, dtype, planned.embedding_bits)
+        embeddings = pack_embeddings(
+            model, dtype, planned.embedding_bits, round_head=partial(round_head, moment=moment)
+        )
     provenance = {"config": config.to_dict(), "calibration": corpus.describe(), "versions": versions()}
     if run.packed:
         packed = PbspQuantizationConfig(left_uncompressed=plan.left_uncompressed, provenance=provenance)

@@ -7,9 +7,11 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
+from pbsp.allocation.entry import Entry
 from pbsp.allocation.planfile import check_written
 from pbsp.calibration.moments import Weighting
 from pbsp.errors import ConfigError
+from pbsp.methods.integers import IntegerFit
 from pbsp.methods.table import METHODS, Method, build_method, option_types, patterns_of
 from pbsp.pruning.pattern import Pattern, parse_patterns
 
@@ -163,11 +165,19 @@ class Config:
         chosen = getattr(self, name)
         return getattr(METHODS[self.method], name, usual) if chosen == AUTO else chosen
 
-    def build(self, patterns: tuple[Pattern, ...] | None = None) -> Method:
-        """The method that these settings describe, for a layer that gets `patterns`."""
-        if patterns is None and self.pattern is not None:
-            patterns = parse_patterns(self.pattern)
-        return build_method(self.method, patterns, self.options)
+    @property
+    def entry(self) -> Entry:
+        """What every linear layer is stored as, on average."""
+        return self.options.get("bits", IntegerFit.bits) if self.method == "integers" else self.patterns
+
+    def build(self, entry: Entry | None = None) -> Method:
+        """The method that these settings describe, for a layer that is stored as `entry`."""
+        if isinstance(entry, int):
+            own = {"damping": self.options["damping"]} if "damping" in self.options else {}
+            return build_method("integers", None, {"bits": entry, **own})
+        if entry is None and self.pattern is not None:
+            entry = parse_patterns(self.pattern)
+        return build_method(self.method, entry, self.options)
 
     def for_source(self, dtype: str | None) -> "Config":
         """The same for a source whose files have this 16-bit type, or none: it is what "auto" keeps."""

@@ -5,18 +5,18 @@ from jaxtyping import Int64
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from pbsp.allocation.entry import entry_bits, entry_form
 from pbsp.allocation.measured import Costs
-from pbsp.allocation.menu import planes_bits
 from pbsp.allocation.plan import Plan
 from pbsp.config import Config
+from pbsp.embedding_rounding import head_moment, round_head
 from pbsp.errors import ConfigError
 from pbsp.evaluation.divergence import token_losses
 from pbsp.integrations.embeddings import packable_embeddings
 from pbsp.models.blocks import linear_weight
 from pbsp.models.precision import storage_dtype, stored_tensors
-from pbsp.quantization.rows import dequantize_rows, quantize_rows, row_bytes, width_for
+from pbsp.quantization.rows import dequantize_rows, row_bytes, width_for
 from pbsp.storage.bits import CODES, TensorSpec
-from pbsp.storage.planes import PlanesForm
 from pbsp.storage.safetensors_file import safetensors_bytes
 
 
@@ -28,10 +28,10 @@ def file_bytes(model: PreTrainedModel, plan: Plan, config: Config, embedding_bit
     tensors: list[tuple[str, TensorSpec]] = []
     for key, tensor in stored_tensors(model):
         name = key.removesuffix(f".{CODES}")
-        if name in plan.patterns:
+        if name in plan.entries:
             module = model.get_submodule(name)
             rows, columns = linear_weight(module).shape
-            form = PlanesForm(plan.patterns[name], columns, rows, block)
+            form = entry_form(plan.entries[name], rows, columns, block)
             tensors += [(f"{name}.{suffix}", spec) for suffix, spec in form.specs().items()]
         elif name in embeddings:
             columns = tensor.shape[1]
@@ -46,9 +46,9 @@ def file_bytes(model: PreTrainedModel, plan: Plan, config: Config, embedding_bit
 def planned_bits(model: PreTrainedModel, plan: Plan, block: int) -> float:
     """Stored bits per weight over all linear layers, as `CompressionReport.stored_bits` will say."""
     bits = weights = 0
-    for name, patterns in plan.patterns.items():
+    for name, entry in plan.entries.items():
         rows, columns = linear_weight(model.get_submodule(name)).shape
-        bits += planes_bits(patterns, rows, columns, block)
+        bits += entry_bits(entry, rows, columns, block)
         weights += rows * columns
     for name in plan.left_uncompressed:
         left = linear_weight(model.get_submodule(name)).numel()
@@ -83,19 +83,26 @@ def plan_of_size(model: PreTrainedModel, config: Config, costs: Costs, embedding
 @torch.no_grad()
 def embedding_loss(model: PreTrainedModel, tokens: Int64[Tensor, "windows context"], bits: int) -> float:
     """Nats per token that embeddings and head of so many bits add on these windows, all else as it is."""
-    before = _mean_loss(model, tokens)
-    kept = {weight: weight.detach().clone() for weight in packable_embeddings(model).values()}
+    matrices = packable_embeddings(model)
+    if not matrices:
+        return 0.0
+    found: list[float] = []
+    moment = head_moment(model, lambda: found.append(mean_loss(model, tokens)))
+    kept = {weight: weight.detach().clone() for weight in matrices.values()}
     try:
         for weight in kept:
             width = width_for(weight.shape[1], bits)
-            weight.copy_(dequantize_rows(quantize_rows(weight, width), width, weight.dtype))
-        return _mean_loss(model, tokens) - before
+            multiplied = weight is getattr(model.get_output_embeddings(), CODES)
+            packed = round_head(weight, width, moment if multiplied else None)
+            weight.copy_(dequantize_rows(packed, width, weight.dtype))
+        return mean_loss(model, tokens) - found[0]
     finally:
         for weight, values in kept.items():
             weight.copy_(values)
 
 
-def _mean_loss(model: PreTrainedModel, tokens: Tensor) -> float:
+def mean_loss(model: PreTrainedModel, tokens: Int64[Tensor, "windows context"]) -> float:
+    """Nats per token on these windows."""
     total = 0.0
     for window in tokens.to(model.device):
         logits = model(input_ids=window[None], use_cache=False).logits[0, :-1]

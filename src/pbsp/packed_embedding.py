@@ -3,11 +3,11 @@
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
 from pbsp.kernels.rows import rows_linear
-from pbsp.quantization.rows import dequantize_rows, quantize_rows, row_bytes
+from pbsp.quantization.rows import dequantize_rows, row_bytes
 
 
 class _Rows(nn.Module):
@@ -40,9 +40,9 @@ class _Rows(nn.Module):
         """The matrix, decoded."""
         return dequantize_rows(self.weight.detach(), self.bits, dtype)
 
-    def set_dense(self, weight: Float[Tensor, "rows columns"]) -> None:
-        """Hold the rows of `weight`."""
-        self.weight = nn.Parameter(quantize_rows(weight, self.bits), requires_grad=False)
+    def set_rows(self, packed: UInt8[Tensor, "rows bytes"]) -> None:
+        """Hold these bytes of `quantization.rows`."""
+        self.weight = nn.Parameter(packed, requires_grad=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_Rows":
         probe = fn(torch.empty(0, dtype=self.dtype, device=self.weight.device))

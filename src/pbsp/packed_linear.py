@@ -12,11 +12,12 @@ from pbsp.compiled import DTYPES, REFERENCE, kernel_name
 from pbsp.errors import FormatError
 from pbsp.kernels import reference
 from pbsp.kernels.product import planes_linear
+from pbsp.kernels.rows import rows_linear
 from pbsp.kernels.runtime import RuntimePlanes, form_numbers
-from pbsp.pruning.pattern import format_patterns
 from pbsp.storage.bits import CODES
 from pbsp.storage.layouts import Form, Packed, Representation, pack
 from pbsp.storage.planes import OFFSETS, SCALES, PackedPlanes, PlanesForm
+from pbsp.storage.rows import RowsForm
 
 _PREPARING = threading.Lock()
 
@@ -64,7 +65,7 @@ class PackedLinear(nn.Module):
         if empty[CODES].shape[1] == form.in_features:
             raise FormatError(
                 f"rows of {form.in_features} weights take {form.in_features} bytes as "
-                f"{format_patterns(form.patterns)}: "
+                f"{form.label}: "
                 "packed and dense weights would have one shape, and a loader could take one for the other"
             )
         self._set_packed(empty)
@@ -141,6 +142,9 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         """The product by the compiled kernels if there is one for it, else as `kernels.reference` says."""
+        if isinstance(self.form, RowsForm):
+            y = rows_linear(x, self.weight.detach(), self.form.bits)
+            return y if self.bias is None else y + self.bias
         if x.device.type == "cpu" and x.dtype in DTYPES and (self.prepared or self._prepare_outside_graphs()):
             assert self._numbers is not None, "only planes are prepared"
             matrix = (self.weight, getattr(self, SCALES), getattr(self, OFFSETS), *self._numbers)
@@ -181,7 +185,6 @@ class PackedLinear(nn.Module):
     def extra_repr(self) -> str:
         """What print(model) shows."""
         return (
-            f"in_features={self.in_features}, out_features={self.out_features}, layout={self.form.layout}, "
-            f"patterns={format_patterns(self.form.patterns)}, scale_block={self.form.scale_block}, "
-            f"bias={self.bias is not None}"
+            f"in_features={self.in_features}, out_features={self.out_features}, {self.form.label}, "
+            f"layout={self.form.layout}, bias={self.bias is not None}"
         )

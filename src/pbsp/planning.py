@@ -1,4 +1,4 @@
-"""From what a config asks for to the planes of every linear layer: given, uniform, by block, or measured."""
+"""From a config to what every linear layer is stored as: given, uniform, by block, or measured."""
 
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pbsp.allocation.coarse import CoarseAllocation, coarse_plan
+from pbsp.allocation.entry import format_entry, parse_entry
 from pbsp.allocation.measured import Costs, measure_costs
 from pbsp.allocation.plan import Plan, uniform_plan
 from pbsp.allocation.planfile import plan_of
@@ -23,7 +24,6 @@ from pbsp.file_size import embedding_loss, plan_of_size
 from pbsp.methods.planes import PlaneFit
 from pbsp.models.blocks import Block
 from pbsp.models.shards import shards_of
-from pbsp.pruning.pattern import format_patterns, parse_patterns
 
 MEASURED_WINDOWS = 8
 """Windows that costs are measured on, and of which a backward pass holds hidden states at a time."""
@@ -69,8 +69,8 @@ class Planned:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, of all but the weights."""
-        patterns = {name: format_patterns(planes) for name, planes in self.plan.patterns.items()}
-        plan = {**asdict(self.plan), "patterns": patterns}
+        entries = {name: format_entry(entry) for name, entry in self.plan.entries.items()}
+        plan = {**asdict(self.plan), "entries": entries}
         coarse = None if self.coarse is None else asdict(self.coarse)
         return {
             "plan": plan,
@@ -82,10 +82,8 @@ class Planned:
     @staticmethod
     def from_dict(values: Mapping[str, Any], token_weights: Mapping[str, Tensor]) -> "Planned":
         """The inverse of `to_dict`."""
-        patterns = {
-            name: parse_patterns(text) if text else () for name, text in values["plan"]["patterns"].items()
-        }
-        plan = Plan(**{**values["plan"], "patterns": patterns})
+        entries = {name: parse_entry(text) for name, text in values["plan"]["entries"].items()}
+        plan = Plan(**{**values["plan"], "entries": entries})
         coarse = values["coarse"]
         if coarse is not None:
             lists = {name: tuple(value) for name, value in coarse.items() if name != "rule"}
@@ -102,7 +100,7 @@ def check_request(blocks: list[Block], config: Config) -> None:
     if config.plan:
         plan_of(blocks, config.plan)
     elif not config.budgeted:
-        uniform_plan(blocks, config.patterns, strict=config.strict)
+        uniform_plan(blocks, config.entry, strict=config.strict)
 
 
 def make_plan(
@@ -115,7 +113,7 @@ def make_plan(
     measured: Measured | None = None,
     ranks: Ranks = ALONE,
 ) -> Planned:
-    """The planes of every linear layer.
+    """What every linear layer is stored as.
 
     Args:
         tokens: calibration windows; only some allocations look at them.
@@ -214,7 +212,7 @@ def _chosen(
             spread=config.spread,
         )
         return Planned(plan, bits, coarse)
-    return Planned(uniform_plan(blocks, config.patterns, strict=config.strict), bits)
+    return Planned(uniform_plan(blocks, config.entry, strict=config.strict), bits)
 
 
 def _within_budget(model: PreTrainedModel, config: Config, costs: Costs, tokens: Tensor) -> Planned:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pbsp.allocation.entry import format_entry
+from pbsp.allocation.menu import entry_fit
 from pbsp.allocation.plan import Plan
 from pbsp.allocation.planfile import written_plan
 from pbsp.calibration.corpus import Corpus
@@ -106,16 +108,17 @@ def _seconds(
         start = time.perf_counter()
         collect_moments(first.linears(), lambda: walk.run(0, first.module, keep=False))
         measuring = time.perf_counter() - start
-    rates: dict[tuple[int, int], float] = {}
+    rates: dict[tuple[int, int | str], float] = {}  # by width, and how many planes or what integers
     solving = 0.0
     for block in blocks:
         for name, module in block.linears().items():
-            if name not in plan.patterns or name in plan.same_as:
+            if name not in plan.entries or name in plan.same_as:
                 continue
             rows, columns = linear_weight(module).shape
-            key = columns, len(plan.patterns[name])
+            entry = plan.entries[name]
+            key = columns, format_entry(entry) if isinstance(entry, int) else len(entry)
             if key not in rates:
-                trial = PlaneFit(plan.patterns[name], method.block, method.damping, method.sweeps)
+                trial = entry_fit(entry, method)
                 with resident(model, block.name):
                     some = linear_weight(module)[:_TRIED_ROWS].float()
                     start = time.perf_counter()

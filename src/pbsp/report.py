@@ -6,7 +6,6 @@ from typing import Any
 from pbsp.allocation.coarse import CoarseAllocation
 from pbsp.errors import FormatError
 from pbsp.packed_linear import PackedLinear
-from pbsp.pruning.pattern import format_patterns
 from pbsp.recovery.block import BlockRecovery
 from pbsp.recovery.model import ModelRecovery
 from pbsp.storage.bits import stored_bits
@@ -68,7 +67,7 @@ class LayerReport:
         return LayerReport(
             name=name,
             layout=form.layout,
-            pattern=format_patterns(form.patterns),
+            pattern=form.label,
             out_features=form.out_features,
             in_features=form.in_features,
             nominal_bits=nominal_bits,

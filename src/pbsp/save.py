@@ -73,7 +73,7 @@ def save_compressed(
                 tokenizer.save_pretrained(partial)
         text = json.dumps(report.to_dict(), indent=1)
         (partial / REPORT_FILE).write_text(text + "\n", encoding="utf-8")
-        planes = {layer.name: layer.pattern for layer in report.layers if layer.layout == "planes"}
+        planes = {layer.name: layer.pattern for layer in report.layers if layer.layout in ("planes", "rows")}
         if planes:
             kept = dict.fromkeys(report.left_uncompressed, KEPT)
             (partial / PLAN_FILE).write_text(plan_text({**planes, **kept}), encoding="utf-8")

@@ -4,17 +4,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from pbsp.allocation.entry import Entry
 from pbsp.allocation.plan import Plan
 from pbsp.calibration.moments import InputMoment, MomentPart
 from pbsp.config import Config
 from pbsp.distributed import ALONE, Ranks
 from pbsp.errors import CalibrationError
 from pbsp.models.blocks import linear_weight
-from pbsp.pruning.pattern import Pattern
 from pbsp.storage.layouts import Representation, join
 
-_Key = tuple[int, tuple[Pattern, ...], str]
-"""Rows with the same one are solved as one matrix: their moment, their planes, a name if they stay apart."""
+_Key = tuple[int, Entry, str]
+"""Rows with the same one are solved as one matrix: their moment, their entry, a name if they stay apart."""
 
 
 def solve_linears(
@@ -27,7 +27,7 @@ def solve_linears(
 ) -> dict[str, tuple[Representation, float]]:
     """Each linear's representation and relative output error, in the order given.
 
-    Rows with one moment and one set of planes are solved as one matrix, unless the method looks at a
+    Rows with one moment and one entry are solved as one matrix, unless the method looks at a
     linear as a whole.
 
     Args:
@@ -58,9 +58,9 @@ def solve_linears(
 
 def _keys(name: str, moment: InputMoment, plan: Plan, config: Config) -> list[_Key]:
     """One for each part of the linear's rows."""
-    patterns = plan.patterns[name]
-    apart = name if config.build(patterns).rows_interact else ""
-    return [(id(part.moment), patterns, apart) for part in moment.parts]
+    entry = plan.entries[name]
+    apart = name if config.build(entry).rows_interact else ""
+    return [(id(part.moment), entry, apart) for part in moment.parts]
 
 
 def _tasks(keys: dict[str, list[_Key]]) -> list[list[str]]:
@@ -101,7 +101,7 @@ def _solve_together(
     pieces: dict[str, list[tuple[int, Representation]]] = {name: [] for name in moments}
     for group in groups.values():
         rows = [weights[name][part.rows.start : part.rows.stop] for name, part in group]
-        method = config.build(plan.patterns[group[0][0]])
+        method = config.build(plan.entries[group[0][0]])
         try:
             whole = method.compress(torch.cat(rows), group[0][1].moment)
         except CalibrationError as error:

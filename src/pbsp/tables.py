@@ -68,7 +68,7 @@ def layer_table(layers: Iterable[LayerReport]) -> Table:
     for layer in layers:
         table.add_row(
             layer.name,
-            layer.pattern if layer.layout == "planes" else f"{layer.pattern} {layer.layout}",
+            f"{layer.pattern} {layer.layout}" if layer.layout == "paper" else layer.pattern,
             f"{layer.out_features}×{layer.in_features}",
             f"{layer.stored_bits:.4f}",
             _error(layer.output_error),

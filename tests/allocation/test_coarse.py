@@ -86,8 +86,8 @@ def test_coarse_plan_gives_all_linears_of_a_block_its_pattern():
     plan, coarse = coarse_plan(blocks, Pattern(4, 8), [0.1, 0.2], rule="paper", strict=True)
     assert coarse.kept == (3, 5)
     for block, kept in zip(blocks, coarse.kept, strict=True):
-        assert {plan.patterns[name] for name in block.linears()} == {(Pattern(kept, 8),)}
-    assert list(plan.patterns) == list(uniform_plan(blocks, (Pattern(4, 8),), strict=True).patterns)
+        assert {plan.entries[name] for name in block.linears()} == {(Pattern(kept, 8),)}
+    assert list(plan.entries) == list(uniform_plan(blocks, (Pattern(4, 8),), strict=True).entries)
 
 
 def test_a_weight_in_two_blocks_keeps_the_pattern_of_its_first():
@@ -97,8 +97,8 @@ def test_a_weight_in_two_blocks_keeps_the_pattern_of_its_first():
     plan, _ = coarse_plan(decoder_blocks(model), Pattern(4, 8), [0.9, 0.2], rule="paper", strict=True)
     assert plan.same_as == {"model.layers.1.mlp.up_proj": "model.layers.0.mlp.up_proj"}
     # the second block is smaller by the shared weight, so its 3:8 no longer pays for the first's 5:8
-    assert plan.patterns["model.layers.1.mlp.up_proj"] == plan.patterns["model.layers.0.mlp.up_proj"]
-    assert plan.patterns["model.layers.0.mlp.up_proj"] == (Pattern(4, 8),)
+    assert plan.entries["model.layers.1.mlp.up_proj"] == plan.entries["model.layers.0.mlp.up_proj"]
+    assert plan.entries["model.layers.0.mlp.up_proj"] == (Pattern(4, 8),)
 
 
 def test_coarse_plan_refuses_what_no_layer_can_take():
@@ -173,4 +173,4 @@ def test_coarse_plan_follows_the_rule():
     plan, coarse = coarse_plan(blocks, Pattern(4, 8), [0.01, 0.03], rule="outliers", strict=True, spread=2)
     assert coarse.kept == (2, 6)
     for block, kept in zip(blocks, coarse.kept, strict=True):
-        assert {plan.patterns[name] for name in block.linears()} == {(Pattern(kept, 8),)}
+        assert {plan.entries[name] for name in block.linears()} == {(Pattern(kept, 8),)}

@@ -1,38 +1,71 @@
 import pytest
 import torch
 
-from pbsp.allocation.menu import MENU, PROBES, errors_from_probes, planes_bits, reference_errors
+from pbsp.allocation.entry import entry_bits, fits, format_entry, parse_entry
+from pbsp.allocation.menu import MENU, PROBES, entry_fit, errors_from_probes, reference_errors
+from pbsp.errors import PatternError
 from pbsp.methods.planes import PlaneFit
 from pbsp.solver.hessian import output_error
 from pbsp.storage.layouts import pack
 from variants import layer_problem
 
 
-@pytest.mark.parametrize("planes", MENU[:12])
-def test_bits_are_those_of_the_packed_tensors(planes):
-    weight, moment = layer_problem(rows=5, columns=48)
-    packed = pack(PlaneFit(planes, block=32, sweeps=0).compress(weight, moment))
-    assert planes_bits(planes, 5, 48, 32) == 8 * sum(tensor.nbytes for tensor in packed.tensors().values())
+@pytest.mark.parametrize("entry", [*MENU[:12], *MENU[-2:]])
+def test_bits_are_those_of_the_packed_tensors(entry):
+    weight, moment = layer_problem(rows=5, columns=96)
+    packed = pack(entry_fit(entry, PlaneFit(block=32, sweeps=0)).compress(weight, moment))
+    assert entry_bits(entry, 5, 96, 32) == 8 * sum(tensor.nbytes for tensor in packed.tensors().values())
+
+
+@pytest.mark.parametrize("entry", MENU)
+def test_entries_are_written_and_read(entry):
+    assert parse_entry(format_entry(entry)) == entry
+
+
+@pytest.mark.parametrize("text", ["16 bit", "4bit", "4 bit+2:8", "4"])
+def test_what_is_no_entry_is_refused(text):
+    with pytest.raises(PatternError, match="is not a pattern"):
+        parse_entry(text)
+
+
+def test_four_bits_need_whole_groups_of_columns():
+    assert [fits(4, columns) for columns in (96, 48)] == [True, False]
+    assert fits(8, 48)
 
 
 def test_the_menu_pays_for_its_bits():
-    errors = [reference_errors(128, 1)[planes] for planes in MENU]
-    bits = [planes_bits(planes, 1536, 576, 128) for planes in MENU]
+    errors = [reference_errors(128, 1)[entry] for entry in MENU]
+    bits = [entry_bits(entry, 1536, 576, 128) for entry in MENU]
     assert bits == sorted(bits)
     assert errors == sorted(errors, reverse=True)
 
 
 def test_probes_are_given_back_and_the_rest_is_near_what_fits_find():
     weight, moment = layer_problem(rows=64, columns=64)
+    fits = {entry: entry_fit(entry, PlaneFit(sweeps=1)) for entry in MENU[:11]}
     found = {
-        planes: output_error(weight, PlaneFit(planes, sweeps=1).compress(weight, moment).dense(), moment)
-        for planes in MENU[:11]
+        entry: output_error(weight, fit.compress(weight, moment).dense(), moment)
+        for entry, fit in fits.items()
     }
     derived = errors_from_probes(found[PROBES[0]], found[PROBES[1]], 128, 1)
     assert derived[PROBES[0]] == pytest.approx(found[PROBES[0]], rel=1e-4)
     assert derived[PROBES[1]] == pytest.approx(found[PROBES[1]], rel=1e-4)
-    for planes, error in found.items():
-        assert derived[planes] == pytest.approx(error, rel=0.3), planes
+    for entry, error in found.items():
+        assert derived[entry] == pytest.approx(error, rel=0.3), entry
+
+
+def test_errors_of_integers_are_derived_as_near_where_inputs_are_white():
+    weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(3))
+    found = {
+        entry: output_error(
+            weight,
+            entry_fit(entry, PlaneFit(sweeps=1)).compress(weight, torch.eye(64)).dense(),
+            torch.eye(64),
+        )
+        for entry in (*PROBES, 4, 8)
+    }
+    derived = errors_from_probes(found[PROBES[0]], found[PROBES[1]], 128, 1)
+    assert [derived[bits] for bits in (4, 8)] == pytest.approx([found[bits] for bits in (4, 8)], rel=0.4)
 
 
 def test_perfect_probes_do_not_divide_by_zero():

@@ -20,13 +20,14 @@ def written(blocks):
 
 def test_a_plan_survives_the_file(blocks, written, tmp_path):
     file = tmp_path / "plan.toml"
-    first, second, *_ = written
-    changed = {**written, first: KEPT, second: "1:8"}
+    first, second, third, *_ = written
+    changed = {**written, first: KEPT, second: "1:8", third: "4 bit"}
     file.write_text(plan_text(changed))
     assert read_plan(file) == changed
     plan = plan_of(blocks, read_plan(file))
     assert plan.left_uncompressed == {first: "kept by the plan"}
-    assert plan.patterns[second] == parse_patterns("1:8")
+    assert plan.entries[second] == parse_patterns("1:8")
+    assert plan.entries[third] == 4
     assert {**written_plan(plan)} == changed
 
 
@@ -38,6 +39,7 @@ def test_a_plan_survives_the_file(blocks, written, tmp_path):
         ("other = 1\n[planes]\na = '1:8'", r"must have one table"),
         ("[planes]\na = 3", "plan: a: '3' is not a pattern"),
         ("[planes]\na = '9:8'", "plan: a: pattern 9:8 keeps 9 of 8"),
+        ("[planes]\na = '5 bit'", 'plan: a: .* or "4 bit", "8 bit" or "16 bit"'),
         ("[planes\n", "cannot be read as a plan"),
     ],
 )

@@ -8,10 +8,14 @@ from transformers import AutoModel, AutoModelForCausalLM
 import pbsp
 from pbsp.calibration.windows import Windows
 from pbsp.config import Config
+from pbsp.embedding_rounding import round_head
 from pbsp.errors import FormatError
+from pbsp.methods.integers import IntegerFit
 from pbsp.packed_embedding import PackedEmbedding, PackedHead
+from pbsp.quantization.rows import dequantize_rows, quantize_rows
 from saved import edit_config, edit_tensors
 from tiny import CONFIGS, tiny_model, tiny_tokens
+from variants import layer_problem
 
 PLAIN = [name for name in CONFIGS if not name.startswith("gemma")]
 
@@ -60,6 +64,42 @@ def test_quantized_embeddings_survive_saving_and_loading(name, bits, tmp_path):
     assert type(dense.get_input_embeddings()) is nn.Embedding
     assert (dense.get_output_embeddings().weight is dense.get_input_embeddings().weight) == tied
     torch.testing.assert_close(dense(tokens).logits, logits, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-untied"])
+@torch.no_grad()
+def test_what_the_head_multiplies_with_is_rounded_under_its_inputs(name, tmp_path):
+    model, _ = compressed(name, tmp_path / "out", 4)
+    seen = []
+    head = model.get_output_embeddings()
+    head.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, -2).double()))
+    for window in tiny_tokens(2, 16):
+        model(window[None])
+    inputs = torch.cat(seen)
+    original = tiny_model(name).half()
+    for packed, source in (
+        (head, original.get_output_embeddings()),
+        (model.get_input_embeddings(), original.get_input_embeddings()),
+    ):
+        nearest = quantize_rows(source.weight, 4)
+        error, usual = (
+            float((inputs @ (dequantize_rows(rows, 4) - source.weight).double().T).square().sum())
+            for rows in (packed.weight, nearest)
+        )
+        if packed is head or name == "llama":
+            assert error < 0.8 * usual
+        else:
+            assert torch.equal(packed.weight, nearest)
+
+
+def test_rounding_is_that_of_the_method_in_any_number_of_parts(monkeypatch):
+    weight, moment = layer_problem(rows=10, columns=64)
+    expected = IntegerFit(4, 0.1).compress(weight, moment).packed
+    assert torch.equal(round_head(weight, 4, moment), expected)
+    monkeypatch.setattr("pbsp.embedding_rounding._ROWS_AT_ONCE", 3)
+    assert torch.equal(round_head(weight, 4, moment), expected)
+    assert torch.equal(round_head(weight, 8, moment), quantize_rows(weight, 8))
+    assert torch.equal(round_head(weight, 4, None), quantize_rows(weight, 4))
 
 
 @torch.no_grad()

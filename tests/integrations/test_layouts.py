@@ -1,4 +1,4 @@
-"""Models with layers of layout `paper`, alone and beside layers of layout `planes`, in transformers."""
+"""Models with layers of layouts `paper` and `rows`, and of `paper` beside `planes`, in transformers."""
 
 import json
 import shutil
@@ -17,15 +17,17 @@ from pbsp.report import LayerReport
 from pbsp.storage.checkpoint import packed_digest
 from random_grouped import alternating, random_grouped
 from random_planes import packed_model
+from random_rows import random_rows
 from saved import edit_config, edit_tensors, load, logits, packed_linears
 from tiny import tiny_model, tiny_tokens
 
 QUERY = "model.layers.0.self_attn.q_proj"
 NAMES = ["llama", "gpt2", "qwen2"]
-MAKERS = {"paper": partial(random_grouped, parts=2), "mixed": alternating}
+MAKERS = {"paper": partial(random_grouped, parts=2), "mixed": alternating, "rows": random_rows}
+LAYOUTS = {"paper": {"paper"}, "mixed": {"paper", "planes"}, "rows": {"rows"}}
 
 
-QUICK = {("llama", "mixed"), ("gpt2", "paper"), ("qwen2", "mixed")}
+QUICK = {("llama", "mixed"), ("gpt2", "paper"), ("qwen2", "mixed"), ("gpt2", "rows")}
 CASES = [
     pytest.param((name, kind), marks=() if (name, kind) in QUICK else pytest.mark.slow, id=f"{name}-{kind}")
     for name in NAMES
@@ -40,8 +42,7 @@ def saved(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(name)
     model = packed_model(name, "4:8", make=MAKERS[kind])
     model.save_pretrained(folder)
-    expected = {"paper"} if kind == "paper" else {"paper", "planes"}
-    assert {module.form.layout for module in packed_linears(model).values()} == expected
+    assert {module.form.layout for module in packed_linears(model).values()} == LAYOUTS[kind]
     return folder, model
 
 
@@ -112,9 +113,12 @@ def test_inspection_counts_what_the_report_says_and_every_byte_once(saved, tmp_p
         ("groups and residual signs", "weight_group"), ("scalars", "weight_scalar"),
         ("salient bitmaps", "weight_salient"),
     ):  # fmt: skip
-        assert found.bytes_by_kind[kind] == sum(tensor.nbytes for name, tensor in tensors if name == suffix)
+        assert found.bytes_by_kind.get(kind, 0) == sum(
+            tensor.nbytes for name, tensor in tensors if name == suffix
+        )
     layouts = {module.form.layout for module in linears.values()}
     assert ("plane codes" in found.bytes_by_kind) == ("planes" in layouts)
+    assert ("integers and scales" in found.bytes_by_kind) == ("rows" in layouts)
 
 
 def test_layers_say_their_layout_in_config_json(saved):

@@ -257,7 +257,7 @@ def test_invalid_codes_are_refused_even_with_a_matching_digest(llama):
         ({"sha256": "0" * 63}, f"layer {QUERY}: sha256"),
         ({"mu": 0}, f"layer {QUERY}: its entry must have exactly"),
         ({"layout": "paper"}, f"layer {QUERY}: its entry must have exactly .*salient_parts"),
-        ({"layout": "plane"}, f"layer {QUERY}: layout is 'plane'; this pbsp knows planes and paper"),
+        ({"layout": "plane"}, f"layer {QUERY}: layout is 'plane'; this pbsp knows planes, paper, rows"),
     ],
 )
 def test_a_wrong_entry_is_refused_by_the_layers_name(llama, change, message):

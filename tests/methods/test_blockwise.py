@@ -13,7 +13,9 @@ from pbsp.pruning.pattern import Pattern
 from pbsp.solver.hessian import damped, inverse_factor
 from variants import VARIANTS, layer_problem
 
-GROUPED = [(name, options) for name, options in VARIANTS if name not in ("planes", "gptq", "nanoquant")]
+GROUPED = [
+    (name, options) for name, options in VARIANTS if name not in ("planes", "gptq", "integers", "nanoquant")
+]
 
 
 def fit_of(problem, scheme=None, *, seed=0):

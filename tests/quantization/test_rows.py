@@ -75,7 +75,7 @@ def test_what_was_rounded_once_is_kept():
 def test_embedding_and_head_equal_their_dense_forms(dtype, columns, bits):
     embedding = PackedEmbedding(40, columns, dtype, bits=bits)
     head = PackedHead(40, columns, dtype, bits=bits)
-    embedding.set_dense(matrix(40, columns))
+    embedding.set_rows(quantize_rows(matrix(40, columns), bits))
     head.weight = embedding.weight
     tokens = torch.tensor([[0, 39, 7]])
     dense = embedding.dense(torch.float32)
@@ -89,7 +89,7 @@ def test_embedding_and_head_equal_their_dense_forms(dtype, columns, bits):
 
 def test_moving_to_another_dtype_leaves_the_bytes_and_changes_the_output():
     embedding = PackedEmbedding(40, 24, torch.float32)
-    embedding.set_dense(matrix())
+    embedding.set_rows(quantize_rows(matrix()))
     before = embedding.weight.clone()
     embedding.to(torch.bfloat16)
     assert torch.equal(embedding.weight, before)

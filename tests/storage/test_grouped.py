@@ -208,6 +208,6 @@ def test_the_worked_matrix_of_the_documentation_has_the_bytes_printed_there():
         assert printed[name] == " | ".join(rows), name
 
 
-def test_every_layout_has_a_name_and_a_marker_of_its_own():
-    assert list(FORMS) == ["planes", "paper"]
-    assert len(MARKERS) == len(FORMS)
+def test_layouts_have_names_and_markers_of_their_own():
+    assert list(FORMS) == ["planes", "paper", "rows"]
+    assert len(MARKERS) == len(FORMS) - 1  # rows have no tensor but the weight

@@ -55,14 +55,14 @@ def coarse_plan(
     uniform = uniform_plan(blocks, (pattern,), strict=strict)
     sizes = [
         sum(linear_weight(module).numel() for name, module in block.linears().items() if name in distinct)
-        for distinct in [uniform.patterns.keys() - uniform.same_as.keys()]
+        for distinct in [uniform.entries.keys() - uniform.same_as.keys()]
         for block in blocks
     ]
     coarse = coarse_allocation(
         importances, pattern.kept, pattern.group, rule=rule, spread=spread, sizes=sizes
     )
-    patterns = [(replace(pattern, kept=kept),) for kept in coarse.kept]
-    return block_plan(blocks, patterns, strict=strict), coarse
+    entries = [(replace(pattern, kept=kept),) for kept in coarse.kept]
+    return block_plan(blocks, entries, strict=strict), coarse
 
 
 def coarse_allocation(

@@ -1,4 +1,4 @@
-"""The planes of every linear layer by what they are expected to cost the model, within a budget of bits."""
+"""What every linear layer is stored as: what is expected to cost the model least within a budget of bits."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pbsp.allocation.budget import Choice, allocate
-from pbsp.allocation.menu import MENU, PROBES, Planes, errors_from_probes, planes_bits
+from pbsp.allocation.entry import Entry, entry_bits, fits
+from pbsp.allocation.menu import MENU, PROBES, entry_fit, errors_from_probes
 from pbsp.allocation.plan import Plan, uniform_plan
 from pbsp.calibration.sensitivity import Sensitivity, measure_sensitivities
 from pbsp.distributed import ALONE, Ranks
@@ -31,7 +32,7 @@ class LayerCosts:
     """
 
     weights: int
-    choices: dict[Planes, Choice]
+    choices: dict[Entry, Choice]
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Costs:
         )
 
     def plan(self, budget: int) -> Plan:
-        """The planes with the least expected loss whose bits, with the left layers', are within the budget.
+        """The entries with the least expected loss whose bits, with the left layers', are within the budget.
 
         Raises:
             ConfigError: the budget is too small.
@@ -69,12 +70,12 @@ class Costs:
             for name, layer in self.layers.items()
         ]
         chosen = allocate(parts, budget - self.left_bits)
-        planes = {
+        entries = {
             name: list(layer.choices)[index]
             for (name, layer), index in zip(self.layers.items(), chosen, strict=True)
         }
-        patterns = {name: planes[self.tiling.same_as.get(name, name)] for name in self.tiling.patterns}
-        return replace(self.tiling, patterns=patterns)
+        entries = {name: entries[self.tiling.same_as.get(name, name)] for name in self.tiling.entries}
+        return replace(self.tiling, entries=entries)
 
     def smallest(self) -> Plan:
         """The plan of the fewest bits."""
@@ -85,15 +86,15 @@ class Costs:
     def bits(self, plan: Plan) -> int:
         """What the plan stores, layers that are left as they are included."""
         users = self._users()
-        planned = (self.layers[name].choices[plan.patterns[name]].bits * users[name] for name in self.layers)
+        planned = (self.layers[name].choices[plan.entries[name]].bits * users[name] for name in self.layers)
         return self.left_bits + sum(planned)
 
     def expected_loss(self, plan: Plan) -> float:
         """Nats per token that the plan is expected to add: the layers' in sum."""
-        return sum(layer.choices[plan.patterns[name]].loss for name, layer in self.layers.items())
+        return sum(layer.choices[plan.entries[name]].loss for name, layer in self.layers.items())
 
     def _users(self) -> Counter[str]:
-        return Counter(self.tiling.same_as.get(name, name) for name in self.tiling.patterns)
+        return Counter(self.tiling.same_as.get(name, name) for name in self.tiling.entries)
 
 
 def measure_costs(
@@ -125,7 +126,7 @@ def measure_costs(
 
     def visit(name: str, sensitivity: Sensitivity) -> None:
         lengths[name] = sensitivity.lengths
-        if name in tiling.patterns and name not in tiling.same_as:
+        if name in tiling.entries and name not in tiling.same_as:
             try:
                 found[name] = _costs(linear_weight(modules[name]).float(), sensitivity, method)
             except CalibrationError as error:
@@ -136,7 +137,7 @@ def measure_costs(
         found |= others_found
         lengths |= others_lengths
     left_bits = 16 * sum(linear_weight(modules[name]).numel() for name in tiling.left_uncompressed)
-    names = [name for name in tiling.patterns if name not in tiling.same_as]
+    names = [name for name in tiling.entries if name not in tiling.same_as]
     unseen = {
         name: _unseen(linear_weight(modules[name]), method.block) for name in names if name not in found
     }
@@ -152,13 +153,13 @@ def _costs(weight: Float[Tensor, "out in"], sensitivity: Sensitivity, method: Pl
     some = weight[sample]
     whole = float(sensitivity.row_losses(some, sample).sum())
     tried = []
-    for planes in PROBES:
-        left = some - replace(method, patterns=planes).compress(some, sensitivity.moment).dense()
+    for entry in PROBES:
+        left = some - entry_fit(entry, method).compress(some, sensitivity.moment).dense()
         tried.append(float(sensitivity.row_losses(left, sample).sum()) / max(whole, 1e-30))
     errors = errors_from_probes(tried[0], tried[1], method.block, method.sweeps)
     choices = {
-        planes: Choice(planes_bits(planes, rows, columns, method.block), worth * errors[planes])
-        for planes in _tiling(columns)
+        entry: Choice(entry_bits(entry, rows, columns, method.block), worth * errors[entry])
+        for entry in _fitting(columns)
     }
     return LayerCosts(weight.numel(), choices)
 
@@ -166,9 +167,9 @@ def _costs(weight: Float[Tensor, "out in"], sensitivity: Sensitivity, method: Pl
 def _unseen(weight: Float[Tensor, "out in"], block: int) -> LayerCosts:
     """Of a layer that the windows never reach: nothing says that it matters."""
     rows, columns = weight.shape
-    choices = {planes: Choice(planes_bits(planes, rows, columns, block), 0.0) for planes in _tiling(columns)}
+    choices = {entry: Choice(entry_bits(entry, rows, columns, block), 0.0) for entry in _fitting(columns)}
     return LayerCosts(weight.numel(), choices)
 
 
-def _tiling(columns: int) -> list[Planes]:
-    return [planes for planes in MENU if all(columns % pattern.group == 0 for pattern in planes)]
+def _fitting(columns: int) -> list[Entry]:
+    return [entry for entry in MENU if fits(entry, columns)]

@@ -1,34 +1,34 @@
 """What a linear layer can be stored as, from half a bit up, and how each of these does against the others."""
 
+from dataclasses import replace
 from functools import cache
 
 import torch
 
+from pbsp.allocation.entry import Entry, parse_entry
+from pbsp.methods.integers import IntegerFit
 from pbsp.methods.planes import PlaneFit
-from pbsp.pruning.pattern import Pattern, parse_patterns
-from pbsp.storage.planes import PlanesForm
-
-Planes = tuple[Pattern, ...]
 
 _MENU = (
     *("1:8", "2:16", "1:4", "2:8", "4:16", "3:8", "5:8"),
     *("2:8+2:8", "3:8+2:8", "3:8+4:16", "3:8+3:8", "5:8+3:8"),
     *("3:8+3:8+1:8", "3:8+3:8+2:8", "3:8+3:8+4:16", "4:8+3:8+2:8", "4:8+4:8+2:8", "4:8+4:8+4:8"),
-    *("4:8+4:8+4:8+2:8", "4:8+4:8+4:8+4:8"),
+    *("4 bit", "8 bit"),
 )
-MENU: tuple[Planes, ...] = tuple(parse_patterns(text) for text in _MENU)
-PROBES: tuple[Planes, Planes] = parse_patterns("2:8"), parse_patterns("3:8+3:8")
+MENU: tuple[Entry, ...] = tuple(parse_entry(text) for text in _MENU)
+PROBES: tuple[Entry, Entry] = parse_entry("2:8"), parse_entry("3:8+3:8")
 """The two that a layer is tried with; of the others its errors are derived."""
 
 
-def planes_bits(planes: Planes, out_features: int, in_features: int, block: int) -> int:
-    """Bits of the stored tensors of a linear in layout `planes`, exactly."""
-    form = PlanesForm(planes, in_features, out_features, block)
-    return sum(spec.bits for spec in form.specs().values())
+def entry_fit(entry: Entry, planes: PlaneFit) -> PlaneFit | IntegerFit:
+    """The method that stores a layer so; `planes` with its patterns, or integers of its damping."""
+    if isinstance(entry, int):
+        return IntegerFit(entry, planes.damping)
+    return replace(planes, patterns=entry)
 
 
 @cache
-def reference_errors(block: int, sweeps: int) -> dict[Planes, float]:
+def reference_errors(block: int, sweeps: int) -> dict[Entry, float]:
     """Relative error of each entry on normal weights with white inputs: what a layer's errors follow.
 
     Between layers the errors differ, but of one layer they fall along the menu by nearly the same
@@ -39,13 +39,14 @@ def reference_errors(block: int, sweeps: int) -> dict[Planes, float]:
     moment = torch.eye(256)
     signal = float(weight.square().sum())
     errors = {}
-    for planes in MENU:
-        found = PlaneFit(planes, block=block, sweeps=sweeps).compress(weight, moment).dense()
-        errors[planes] = float((weight - found).square().sum()) / signal
+    for entry in MENU:
+        fit = entry_fit(entry, PlaneFit(block=block, sweeps=sweeps))
+        found = fit.compress(weight, moment).dense()
+        errors[entry] = float((weight - found).square().sum()) / signal
     return errors
 
 
-def errors_from_probes(first: float, second: float, block: int, sweeps: int) -> dict[Planes, float]:
+def errors_from_probes(first: float, second: float, block: int, sweeps: int) -> dict[Entry, float]:
     """A layer's relative error at every entry, given those at the two `PROBES`.
 
     The logarithm of the error is taken as linear in that of the reference error.
@@ -55,6 +56,6 @@ def errors_from_probes(first: float, second: float, block: int, sweeps: int) -> 
     start, end = (torch.tensor(max(error, 1e-30)).log() for error in (first, second))
     power = (end - start) / (high - low)
     return {
-        planes: float((start + power * (torch.tensor(error).log() - low)).exp())
-        for planes, error in reference.items()
+        entry: float((start + power * (torch.tensor(error).log() - low)).exp())
+        for entry, error in reference.items()
     }

@@ -5,16 +5,17 @@ import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 
+from pbsp.allocation.entry import Entry, check_entry, format_entry, parse_entry
 from pbsp.allocation.plan import Plan
 from pbsp.errors import ConfigError, PatternError
 from pbsp.models.blocks import Block, linear_weight
-from pbsp.pruning.pattern import format_patterns, parse_patterns
 
 PLAN_FILE = "plan.toml"
 KEPT = "16 bit"
 _TABLE = "planes"
 _HEADER = f"""\
-# Planes of every linear layer, N:M or several joined by +, as "4:8+2:8"; "{KEPT}" leaves it as it is.
+# Every linear layer: planes, N:M or several joined by +, as "4:8+2:8"; "4 bit" or "8 bit" for integers;
+# "{KEPT}" leaves it as it is.
 # Replay it, changed or not, with pbsp compress --plan FILE.
 """
 
@@ -27,7 +28,7 @@ def plan_text(planes: Mapping[str, str]) -> str:
 
 def written_plan(plan: Plan) -> dict[str, str]:
     """Linear layer → its planes as they are written, in the plan's order."""
-    chosen = {name: format_patterns(patterns) for name, patterns in plan.patterns.items()}
+    chosen = {name: format_entry(entry) for name, entry in plan.entries.items()}
     return {**chosen, **dict.fromkeys(plan.left_uncompressed, KEPT)}
 
 
@@ -56,9 +57,9 @@ def check_written(planes: Mapping[str, object]) -> None:
         if written == KEPT:
             continue
         try:
-            parse_patterns(written if isinstance(written, str) else repr(written))
+            parse_entry(written if isinstance(written, str) and written else repr(written))
         except PatternError as error:
-            raise ConfigError(f'plan: {name}: {error}; or "{KEPT}"') from None
+            raise ConfigError(f'plan: {name}: {error}; or "4 bit", "8 bit" or "{KEPT}"') from None
 
 
 def plan_of(blocks: list[Block], planes: Mapping[str, str]) -> Plan:
@@ -73,7 +74,8 @@ def plan_of(blocks: list[Block], planes: Mapping[str, str]) -> Plan:
     for name in planes:
         if name not in modules:
             raise ConfigError(f"plan: the model has no linear layer {name} in its decoder blocks")
-    patterns, left, same_as = {}, {}, {}
+    entries: dict[str, Entry] = {}
+    left, same_as = {}, {}
     first_name: dict[int, str] = {}
     for name, module in modules.items():
         if name not in planes:
@@ -81,17 +83,16 @@ def plan_of(blocks: list[Block], planes: Mapping[str, str]) -> Plan:
         if planes[name] == KEPT:
             left[name] = "kept by the plan"
             continue
-        patterns[name] = parse_patterns(planes[name])
-        for pattern in patterns[name]:
-            try:
-                pattern.check(linear_weight(module).shape[1])
-            except PatternError as error:
-                raise PatternError(f"plan: {name}: {error}") from None
+        entries[name] = parse_entry(planes[name])
+        try:
+            check_entry(entries[name], linear_weight(module).shape[1])
+        except PatternError as error:
+            raise PatternError(f"plan: {name}: {error}") from None
         first = first_name.setdefault(id(module.weight), name)
         if first != name:
             same_as[name] = first
-            if patterns[name] != patterns[first]:
+            if entries[name] != entries[first]:
                 raise ConfigError(f"plan: {first} and {name} share one weight; give both the same planes")
-    if not patterns:
+    if not entries:
         raise PatternError("plan: it leaves every layer as it is; nothing would be compressed")
-    return Plan(patterns, left, same_as)
+    return Plan(entries, left, same_as)

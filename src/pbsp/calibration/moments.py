@@ -23,7 +23,7 @@ squared gradient of the model's loss at the layer's output."""
 
 def collect_moments(
     linears: dict[str, nn.Module],
-    run: Callable[[], None],
+    run: Callable[[], object],
     *,
     weights: Mapping[str, Float[Tensor, "tokens"]] | None = None,
     ranks: Ranks = ALONE,

@@ -1,7 +1,7 @@
 """Embeddings and heads in 8 or 4 bit: put in a model, described in config.json, checked, taken out again."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from pbsp.errors import FormatError
 from pbsp.integrations.modules import replace_module
 from pbsp.packed_embedding import PackedEmbedding, PackedHead
-from pbsp.quantization.rows import WIDTHS, row_bytes, width_for
+from pbsp.quantization.rows import WIDTHS, quantize_rows, row_bytes, width_for
 from pbsp.storage.bits import CODES
 from pbsp.storage.checkpoint import StoredTensor, check_header, read_tensor
 
@@ -47,12 +47,19 @@ class RowsEntry:
         return found
 
 
-def pack_embeddings(model: PreTrainedModel, dtype: torch.dtype, bits: int) -> str:
+def pack_embeddings(
+    model: PreTrainedModel,
+    dtype: torch.dtype,
+    bits: int,
+    *,
+    round_head: Callable[[Tensor, int], Tensor] = quantize_rows,
+) -> str:
     """Replace the input embedding and the head by quantized rows; tied, they stay one matrix.
 
     Args:
         dtype: of what is computed with them.
         bits: 8, or 4 where the rows are whole groups.
+        round_head: makes bytes of what the head multiplies with (tied, the embedding's rows too) and bits.
 
     Returns:
         What was done, or why not: a matrix is only taken from a plain embedding or a linear without bias.
@@ -68,7 +75,7 @@ def pack_embeddings(model: PreTrainedModel, dtype: torch.dtype, bits: int) -> st
     rows, columns = module.weight.shape
     bits = width_for(columns, bits)
     embedding = PackedEmbedding(rows, columns, dtype, device="meta", bits=bits)
-    embedding.set_dense(module.weight)
+    embedding.set_rows((round_head if tied else quantize_rows)(module.weight, bits))
     replace_module(model, name, embedding)
     if not isinstance(head, nn.Linear) or not plain:
         return f"{bits} bit" if head is None else f"{bits} bit; the head, {type(head).__name__}, 16 bit"
@@ -77,7 +84,7 @@ def pack_embeddings(model: PreTrainedModel, dtype: torch.dtype, bits: int) -> st
     if tied:
         packed.weight = embedding.weight
     else:
-        packed.set_dense(head.weight)
+        packed.set_rows(round_head(head.weight, packed.bits))
     replace_module(model, head_name, packed)
     return f"{bits} bit"
 

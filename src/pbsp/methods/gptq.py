@@ -1,6 +1,7 @@
 """Method `gptq`: integers of few bits, column by column, the rival that binarization has to beat."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -8,9 +9,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pbsp.errors import ConfigError
+from pbsp.methods.rounding import rounded_groups
 from pbsp.quantization.integers import IntegerGroups
-from pbsp.quantization.ranges import Ranges, full_ranges, searched_ranges
-from pbsp.solver.compensation import compensated_sweep
+from pbsp.quantization.ranges import full_ranges, searched_ranges
 from pbsp.solver.hessian import damped, inverse_factor
 
 
@@ -20,8 +21,7 @@ class Gptq:
 
     Attributes:
         bits: of a weight, 1 to 8.
-        block: columns of a row that share a scale and a zero point; found when the sweep reaches them,
-            so that they fit the weights as earlier columns have moved them.
+        block: columns of a row that share a scale and a zero point.
         damping: ridge added to the moment, as a fraction of its mean diagonal.
         search: look for a range narrower than min/max, see `quantization.ranges`.
 
@@ -53,26 +53,10 @@ class Gptq:
             CalibrationError: the moment is not finite or, damped, not positive definite.
         """
         factor = inverse_factor(damped(moment, self.damping)).to(weight.dtype)
-        codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
-        found: list[Ranges] = []
-
-        def approximate(target: Tensor, columns: slice, _metric: Tensor) -> Tensor:
-            ranges = (searched_ranges if self.search else full_ranges)(target, self.bits)
-            found.append(ranges)
-            group = codes[:, columns]
-
-            def nearest(target: Tensor, column: slice, _metric: Tensor) -> Tensor:
-                code = ranges.codes(target)
-                group[:, column] = code
-                return ranges.values(code)
-
-            # What the sweep of a group's own columns needs is its corner of the factor: inside it the
-            # columns move each other, and the whole group's error then moves the columns after it.
-            return compensated_sweep(target, factor[columns, columns], nearest, block=1)
-
-        compensated_sweep(weight, factor, approximate, block=self.block)
+        find = partial(searched_ranges if self.search else full_ranges, width=self.bits)
+        codes, found = rounded_groups(weight, factor, find, block=self.block)
         return IntegerGroups(
-            codes=codes,
+            codes=codes.to(torch.uint8),
             scales=torch.stack([ranges.scales for ranges in found], 1).float(),
             zeros=torch.stack([ranges.zeros for ranges in found], 1).to(torch.uint8),
             width=self.bits,

@@ -14,6 +14,7 @@ from pbsp.errors import ConfigError
 from pbsp.methods.arb import Arb
 from pbsp.methods.billm import Billm
 from pbsp.methods.gptq import Gptq
+from pbsp.methods.integers import IntegerFit
 from pbsp.methods.nanoquant import Nanoquant
 from pbsp.methods.pbsp import N_OF_M, Pbsp
 from pbsp.methods.planes import PlaneFit
@@ -22,6 +23,7 @@ from pbsp.methods.rtn import Rtn
 from pbsp.methods.stbllm import Stbllm
 from pbsp.pruning.pattern import Pattern
 from pbsp.quantization.integers import IntegerGroups
+from pbsp.quantization.rows import QuantizedRows
 
 
 @runtime_checkable
@@ -38,7 +40,7 @@ class Method(Protocol):
 
     def compress(
         self, weight: Float[Tensor, "out in"], moment: Float[Tensor, "in in"]
-    ) -> Planes | GroupedBinarization | IntegerGroups | LowRankBinary:
+    ) -> Planes | GroupedBinarization | QuantizedRows | IntegerGroups | LowRankBinary:
         """A representation of `weight` fitted under the moment of its inputs."""
         ...
 
@@ -48,6 +50,7 @@ METHODS: dict[str, type[Method]] = {
     "pbsp": Pbsp,
     "rtn": Rtn,
     "gptq": Gptq,
+    "integers": IntegerFit,
     "billm": Billm,
     "arb": Arb,
     "stbllm": Stbllm,
@@ -116,4 +119,4 @@ def packs(method: Method) -> bool:
         return method.zeros == "kept"
     if isinstance(method, Pbsp):
         return method.pruning == N_OF_M
-    return isinstance(method, PlaneFit)
+    return isinstance(method, PlaneFit | IntegerFit)

@@ -1,8 +1,10 @@
-"""Embeddings in 8 or 4 bit: integers and float16 scales side by side in bytes.
+"""Matrices in 8 or 4 bit: integers and float16 scales side by side in bytes.
 
 8 bit: a row is `columns` signed bytes of −127…127 and a scale. 4 bit: a row is groups of 32 columns, each of
 16 bytes and its scale; byte i holds the codes of columns i (low) and 16 + i (high), 0…15 for −7.5…7.5.
 """
+
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, UInt8
@@ -27,10 +29,116 @@ def row_bytes(columns: int, bits: int) -> int:
     return columns + _SCALE_BYTES if bits == 8 else columns // GROUP * (GROUP // 2 + _SCALE_BYTES)
 
 
+@dataclass(frozen=True)
+class Steps:
+    """Per row of a group of columns, the values scale · code: 255 around 0 in 8 bit, sixteen in 4 bit.
+
+    No code of 4 bit is zero: sixteen levels, where an odd number of them around zero would leave one out.
+
+    Attributes:
+        scales: float16 values, 0 or positive, held in float32.
+        bits: 8 or 4.
+    """
+
+    scales: Float[Tensor, "rows"]
+    bits: int
+
+    @staticmethod
+    def of(weight: Float[Tensor, "rows columns"], bits: int) -> "Steps":
+        """In 8 bit the least scales that reach all weights; in 4 bit those of `_SHRINKS` with the least
+        squared error of weights rounded to the nearest value.
+        """
+        largest = weight.float().abs().amax(1)
+        if bits == 8:
+            return Steps(_half_at_least(largest / _LARGEST).float(), bits)
+        best, least = None, None
+        for shrink in _SHRINKS:
+            steps = Steps((largest / _MIDDLE * shrink).clamp_max(65504).half().float(), bits)
+            errors = (steps.values(steps.codes(weight)) - weight).square().sum(1)
+            if best is None or least is None:
+                best, least = steps, errors
+            else:
+                best = Steps(torch.where(errors < least, steps.scales, best.scales), bits)
+                least = torch.minimum(errors, least)
+        assert best is not None, "there are shrinks"
+        return best
+
+    def codes(self, weight: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
+        """The codes of the nearest values, as whole numbers; what lies outside goes to the ends."""
+        units = weight / self.scales.to(weight.dtype).clamp_min(1e-30)[:, None]
+        if self.bits == 8:
+            return units.round_().clamp_(-_LARGEST, _LARGEST)
+        return units.add_(_MIDDLE).round_().clamp_(0, 2 * _MIDDLE)
+
+    def values(self, codes: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
+        """What the codes stand for."""
+        units = codes if self.bits == 8 else codes - _MIDDLE
+        return units * self.scales.to(codes.dtype)[:, None]
+
+
+@dataclass(frozen=True)
+class QuantizedRows:
+    """A matrix as such bytes.
+
+    Attributes:
+        packed: see the module.
+        bits: 8 or 4.
+    """
+
+    packed: UInt8[Tensor, "out bytes"]
+    bits: int
+
+    def dense(self) -> Float[Tensor, "out in"]:
+        """The float32 matrix that the bytes stand for."""
+        return dequantize_rows(self.packed, self.bits)
+
+    def split(self, rows: list[int]) -> list["QuantizedRows"]:
+        """Consecutive runs of rows; copies, so that the whole can be freed."""
+        return [QuantizedRows(part.clone(), self.bits) for part in self.packed.split(rows)]
+
+    @staticmethod
+    def join(parts: list["QuantizedRows"]) -> "QuantizedRows":
+        """The rows of `parts`, of equal width and bits, one below the other."""
+        return QuantizedRows(torch.cat([part.packed for part in parts]), parts[0].bits)
+
+    @property
+    def columns(self) -> int:
+        """Weights of a row."""
+        width = self.packed.shape[1]
+        return width - _SCALE_BYTES if self.bits == 8 else width // row_bytes(GROUP, self.bits) * GROUP
+
+    @property
+    def nominal_bits(self) -> float:
+        """Bits of a code alone, as papers count."""
+        return float(self.bits)
+
+
+def group_columns(columns: int, bits: int) -> int:
+    """Columns that share a scale: in 8 bit all of a row."""
+    return columns if bits == 8 else GROUP
+
+
 def quantize_rows(weight: Float[Tensor, "rows columns"], bits: int = 8) -> UInt8[Tensor, "rows bytes"]:
-    """The rows as bytes, `bits` 8 or 4; for 4, columns must be whole groups."""
-    parts = weight.detach().split(_ROWS_AT_ONCE)
-    return torch.cat([_quantize_bytes(part) if bits == 8 else _quantize_nibbles(part) for part in parts])
+    """The rows rounded to the nearest, as bytes; for 4 bits, columns must be whole groups."""
+    return torch.cat([_quantized(part, bits) for part in weight.detach().split(_ROWS_AT_ONCE)])
+
+
+def _quantized(weight: Tensor, bits: int) -> Tensor:
+    groups = weight.float().reshape(-1, group_columns(weight.shape[1], bits))
+    steps = Steps.of(groups, bits)
+    return join_rows(steps.codes(groups).view(weight.shape), steps.scales.view(len(weight), -1), bits)
+
+
+def join_rows(
+    codes: Float[Tensor, "rows columns"], scales: Float[Tensor, "rows groups"], bits: int
+) -> UInt8[Tensor, "rows bytes"]:
+    """The bytes of codes and scales as `Steps` has them."""
+    halves = scales.half().view(torch.uint8).unflatten(1, (-1, _SCALE_BYTES))
+    if bits == 8:
+        return torch.cat([codes.to(torch.int8).view(torch.uint8), halves[:, 0]], 1)
+    whole = codes.to(torch.uint8).unflatten(1, (-1, GROUP))
+    pairs = whole[..., : GROUP // 2] | whole[..., GROUP // 2 :] << 4
+    return torch.cat([pairs, halves], 2).flatten(1)
 
 
 def dequantize_rows(
@@ -50,41 +158,6 @@ def row_scales(packed: UInt8[Tensor, "*rows bytes"]) -> Float[Tensor, "*rows 1"]
     """The scale at the end of every row (of every group, given groups), in float32."""
     halves = packed[..., -_SCALE_BYTES:].clone(memory_format=torch.contiguous_format)  # else at odd bytes
     return halves.view(torch.float16).float()
-
-
-def _quantize_bytes(weight: Tensor) -> Tensor:
-    """The scale is the least float16 value with which the row's largest magnitude is at most 127.
-
-    Symmetric, so that a product needs no sums of its inputs; one scale a row, so that it comes after the sum.
-    """
-    largest = weight.float().abs().amax(1, keepdim=True)
-    scale = _half_at_least(largest / _LARGEST)
-    codes = (weight.float() / scale.float().clamp_min(1e-30)).round().clamp(-_LARGEST, _LARGEST)
-    return torch.cat([codes.to(torch.int8).view(torch.uint8), scale.view(torch.uint8)], 1)
-
-
-def _quantize_nibbles(weight: Tensor) -> Tensor:
-    """The scale is that of `_SHRINKS` whose codes have the least squared error.
-
-    No code is zero: sixteen levels, where an odd number of them around zero would leave one out.
-    """
-    groups = weight.float().view(len(weight), -1, GROUP)
-    largest = groups.abs().amax(2, keepdim=True) / _MIDDLE
-    best, least = None, None
-    for shrink in _SHRINKS:
-        scale = (largest * shrink).clamp_max(65504).half()
-        codes = (groups / scale.float().clamp_min(1e-30) + _MIDDLE).round_().clamp_(0, 15)
-        errors = ((codes - _MIDDLE) * scale.float() - groups).square().sum(2, keepdim=True)
-        if best is None or least is None:
-            best, least = (codes, scale), errors
-        else:
-            better = errors < least
-            best = (torch.where(better, codes, best[0]), torch.where(better, scale, best[1]))
-            least = torch.minimum(errors, least)
-    assert best is not None, "there are shrinks"
-    codes, scale = best[0].to(torch.uint8), best[1]
-    pairs = codes[..., : GROUP // 2] | codes[..., GROUP // 2 :] << 4
-    return torch.cat([pairs, scale.view(torch.uint8)], 2).flatten(1)
 
 
 def _half_at_least(values: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:

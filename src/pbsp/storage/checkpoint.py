@@ -35,9 +35,10 @@ class LayerEntry:
 
     def to_dict(self) -> dict[str, Any]:
         """The entry as JSON."""
-        sizes = {field.name: getattr(self.form, field.name) for field in fields(self.form)}
-        entry = {"layout": self.layout, **sizes, "patterns": format_patterns(self.form.patterns)}
-        return entry | {"bias": self.bias, "sha256": self.sha256}
+        values = {field.name: getattr(self.form, field.name) for field in fields(self.form)}
+        if "patterns" in values:
+            values["patterns"] = format_patterns(values["patterns"])
+        return {"layout": self.layout, **values, "bias": self.bias, "sha256": self.sha256}
 
     @staticmethod
     def from_dict(name: str, entry: Any) -> "LayerEntry":
@@ -46,10 +47,12 @@ class LayerEntry:
             raise FormatError(f"layer {name}: its entry is {entry!r}, not an object")
         layout = entry.get("layout")
         if not isinstance(layout, str) or layout not in FORMS:
-            raise FormatError(f"layer {name}: layout is {layout!r}; this pbsp knows {' and '.join(FORMS)}")
+            raise FormatError(f"layer {name}: layout is {layout!r}; this pbsp knows {', '.join(FORMS)}")
         form = FORMS[layout]
-        sizes = [field.name for field in fields(form) if field.name != "patterns"]
-        types = {"layout": str, "patterns": str, **dict.fromkeys(sizes, int), "bias": bool, "sha256": str}
+        names = [field.name for field in fields(form)]
+        sizes = [field for field in names if field != "patterns"]
+        written = {field: int if field in sizes else str for field in names}
+        types = {"layout": str, **written, "bias": bool, "sha256": str}
         if set(entry) != set(types):
             raise FormatError(f"layer {name}: its entry must have exactly the keys {', '.join(types)}")
         for key, expected in types.items():
@@ -62,7 +65,8 @@ class LayerEntry:
         if re.fullmatch("[0-9a-f]{64}", entry["sha256"]) is None:
             raise FormatError(f"layer {name}: sha256 is {entry['sha256']!r}, not 64 hexadecimal digits")
         try:
-            checked = form(patterns=parse_patterns(entry["patterns"]), **{key: entry[key] for key in sizes})
+            patterns = {"patterns": parse_patterns(entry["patterns"])} if "patterns" in written else {}
+            checked = form(**patterns, **{key: entry[key] for key in sizes})
         except (PatternError, FormatError) as error:
             raise FormatError(f"layer {name}: {error}") from error
         return LayerEntry(checked, entry["bias"], entry["sha256"])

@@ -75,6 +75,11 @@ class GroupedForm:
         """Kept weights of a row."""
         return self.in_features // self.pattern.group * self.pattern.kept
 
+    @property
+    def label(self) -> str:
+        """As plans and reports write it."""
+        return format_patterns(self.patterns)
+
     def specs(self) -> dict[str, TensorSpec]:
         """The stored tensors by the last part of their names, in the order of `PackedGrouped`; no bias."""
         rows, blocks = self.out_features, block_count(self.in_features, self.scale_block)

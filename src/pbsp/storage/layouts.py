@@ -4,25 +4,25 @@ from pbsp.binarization.grouped import GroupedBinarization
 from pbsp.binarization.low_rank import LowRankBinary
 from pbsp.binarization.planes import Planes
 from pbsp.quantization.integers import IntegerGroups
+from pbsp.quantization.rows import QuantizedRows
 from pbsp.storage.grouped import SALIENT, GroupedForm, PackedGrouped, fits_layout, pack_grouped
 from pbsp.storage.planes import OFFSETS, PackedPlanes, PlanesForm, pack_planes
+from pbsp.storage.rows import PackedRows, RowsForm, pack_rows
 
-Representation = Planes | GroupedBinarization | IntegerGroups | LowRankBinary
-Form = PlanesForm | GroupedForm
-Packed = PackedPlanes | PackedGrouped
+Representation = Planes | GroupedBinarization | QuantizedRows | IntegerGroups | LowRankBinary
+Form = PlanesForm | GroupedForm | RowsForm
+Packed = PackedPlanes | PackedGrouped | PackedRows
 
-FORMS: dict[str, type[PlanesForm] | type[GroupedForm]] = {
-    form.layout: form for form in (PlanesForm, GroupedForm)
-}
+FORMS: dict[str, type[Form]] = {form.layout: form for form in (PlanesForm, GroupedForm, RowsForm)}
 MARKERS = (OFFSETS, SALIENT)
-"""Of each layout, the name of a tensor that only its packed linears have."""
+"""Names of tensors that only packed linears have; layout `rows` has none, its one tensor is `weight`."""
 
 
 def is_packable(representation: Representation) -> bool:
     """Whether there is a layout for it: rivals have none and are only counted, see `counting`."""
     if isinstance(representation, GroupedBinarization):
         return fits_layout(representation)
-    return isinstance(representation, Planes)
+    return isinstance(representation, Planes | QuantizedRows)
 
 
 def pack(representation: Representation) -> Packed:
@@ -33,6 +33,8 @@ def pack(representation: Representation) -> Packed:
     """
     if isinstance(representation, Planes):
         return pack_planes(representation)
+    if isinstance(representation, QuantizedRows):
+        return pack_rows(representation)
     assert isinstance(representation, GroupedBinarization), "not packable"
     return pack_grouped(representation)
 

@@ -55,6 +55,11 @@ class PlanesForm:
         """Scale blocks of a row."""
         return block_count(self.in_features, self.scale_block)
 
+    @property
+    def label(self) -> str:
+        """As plans and reports write it."""
+        return format_patterns(self.patterns)
+
     def specs(self) -> dict[str, TensorSpec]:
         """The stored tensors by the last part of their names, in the order of `PackedPlanes`; no bias."""
         rows, planes = self.out_features, len(self.patterns)

@@ -1,0 +1,60 @@
+"""What one linear layer can be stored as, and how that is written: "4:8+2:8", "4 bit" or "8 bit"."""
+
+from pbsp.errors import PatternError
+from pbsp.pruning.pattern import Pattern, format_patterns, parse_patterns
+from pbsp.storage.layouts import Form
+from pbsp.storage.planes import PlanesForm
+from pbsp.storage.rows import RowsForm, has_form
+
+Entry = tuple[Pattern, ...] | int
+"""The patterns of planes, or the bits of integers, 4 or 8 (see `methods.integers`)."""
+
+_INTEGERS = {f"{bits} bit": bits for bits in (4, 8)}
+
+
+def format_entry(entry: Entry) -> str:
+    """As plans and reports write it; empty for a method without patterns."""
+    return f"{entry} bit" if isinstance(entry, int) else format_patterns(entry)
+
+
+def parse_entry(text: str) -> Entry:
+    """The inverse of `format_entry`; PatternError if the text is anything else."""
+    if text in _INTEGERS:
+        return _INTEGERS[text]
+    return parse_patterns(text) if text else ()
+
+
+def check_entry(entry: Entry, in_features: int) -> None:
+    """Raise PatternError unless rows of so many weights can be stored so."""
+    if isinstance(entry, int):
+        if not has_form(in_features, entry):
+            raise PatternError(f"rows of {in_features} weights have no {entry}-bit form; 32 must divide them")
+        return
+    for pattern in entry:
+        pattern.check(in_features)
+
+
+def fits(entry: Entry, in_features: int) -> bool:
+    """Whether rows of so many weights can be stored so."""
+    try:
+        check_entry(entry, in_features)
+    except PatternError:
+        return False
+    return True
+
+
+def entry_form(entry: Entry, out_features: int, in_features: int, block: int) -> Form:
+    """How a linear is stored; `block` is the columns that share a scale of planes.
+
+    Raises:
+        PatternError, FormatError: its rows cannot be.
+    """
+    if isinstance(entry, int):
+        return RowsForm(entry, in_features, out_features)
+    return PlanesForm(entry, in_features, out_features, block)
+
+
+def entry_bits(entry: Entry, out_features: int, in_features: int, block: int) -> int:
+    """Bits of the stored tensors of a linear, exactly."""
+    form = entry_form(entry, out_features, in_features, block)
+    return sum(spec.bits for spec in form.specs().values())
