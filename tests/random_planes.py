@@ -1,10 +1,13 @@
 """Random valid planes, and models whose block linears were replaced by them."""
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from pbsp.binarization.planes import Planes, block_count
+from pbsp.binarization.rotation import rotation_for
 from pbsp.binarization.scales import round_scales
 from pbsp.integrations.modules import replace_module
 from pbsp.integrations.transformers import PbspQuantizationConfig, attach
@@ -22,13 +25,16 @@ def random_signs(pattern: Pattern, rows: int, columns: int, *, seed: int = 0) ->
     return torch.zeros_like(noise).long().scatter_(-1, kept, values).view(rows, columns).to(torch.int8)
 
 
-def random_planes(text: str, rows: int, columns: int, *, scale_block: int = 48, seed: int = 0) -> Planes:
+def random_planes(
+    text: str, rows: int, columns: int, *, scale_block: int = 48, seed: int = 0, rotation: int = 1
+) -> Planes:
     patterns = parse_patterns(text)
     signs = [random_signs(pattern, rows, columns, seed=seed + n) for n, pattern in enumerate(patterns)]
     shape = (len(patterns), rows, block_count(columns, scale_block))
     scales = torch.rand(shape, generator=torch.Generator().manual_seed(seed))
     magnitudes = torch.tensor([0.1 / 4**n for n in range(len(patterns))])
-    return Planes(patterns, torch.stack(signs), round_scales(scales * magnitudes[:, None, None]), scale_block)
+    scales = round_scales(scales * magnitudes[:, None, None])
+    return Planes(patterns, torch.stack(signs), scales, scale_block, rotation)
 
 
 def packed_model(name: str, text: str = "4:8+2:8", *, make=random_planes, model=None):
@@ -38,9 +44,10 @@ def packed_model(name: str, text: str = "4:8+2:8", *, make=random_planes, model=
     for path, module in list(model.named_modules()):
         if isinstance(module, nn.Linear | Conv1D) and path != "lm_head":
             rows, columns = (module.weight.T if isinstance(module, Conv1D) else module.weight).shape
-            replace_module(
-                model, path, PackedLinear.of(make(text, rows, columns, seed=len(path)), module.bias)
-            )
+            found = make(text, rows, columns, seed=len(path))
+            if isinstance(found, Planes) and len(path) % 2:  # some are rotated, some not
+                found = replace(found, rotation=rotation_for(columns, 16))
+            replace_module(model, path, PackedLinear.of(found, module.bias))
     config = PbspQuantizationConfig(left_uncompressed={"lm_head": "head"}, provenance={"seed": 0})
     attach(model, config)
     return model

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from pbsp.binarization.rotation import rotate, unrotate
 from pbsp.compiled import DTYPES, REFERENCE, kernel_name
 from pbsp.errors import FormatError
 from pbsp.kernels import reference
@@ -58,6 +59,7 @@ class PackedLinear(nn.Module):
         self.conv1d = False
         self.prepared = False
         self._numbers = form_numbers(form) if isinstance(form, PlanesForm) else None
+        self._rotation = form.rotation if isinstance(form, PlanesForm) else 1
         empty = {
             name: torch.empty(spec.shape, dtype=spec.dtype, device=device)
             for name, spec in form.specs().items()
@@ -142,6 +144,15 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         """The product by the compiled kernels if there is one for it, else as `kernels.reference` says."""
+        size = self._rotation
+        if size == 1:
+            return self._product(x)
+        turned = rotate(x if x.dtype == torch.float64 else x.float(), size)
+        # Where 16-bit products are fast, x is rounded again; else float16 is spared from overflowing.
+        narrow = x.dtype == torch.bfloat16 or x.device.type != "cpu"
+        return self._product(turned.to(x.dtype) if narrow else turned).to(x.dtype)
+
+    def _product(self, x: Tensor) -> Tensor:
         if isinstance(self.form, RowsForm):
             y = rows_linear(x, self.weight.detach(), self.form.bits)
             return y if self.bias is None else y + self.bias
@@ -149,14 +160,20 @@ class PackedLinear(nn.Module):
             assert self._numbers is not None, "only planes are prepared"
             matrix = (self.weight, getattr(self, SCALES), getattr(self, OFFSETS), *self._numbers)
             return planes_linear(x, matrix, self.bias)
-        return reference.packed_linear(x, self.packed, self.bias)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return reference.packed_linear(x, self.packed, bias)
 
     def _prepare_outside_graphs(self) -> bool:
         return not torch.compiler.is_compiling() and self.prepare()
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "out in"]:
         """The matrix W, decoded."""
-        return self._runtime.decode(dtype) if self.prepared else reference.decode_dense(self.packed, dtype)
+        size = self._rotation
+        decoded = dtype if size == 1 else torch.float32
+        matrix = (
+            self._runtime.decode(decoded) if self.prepared else reference.decode_dense(self.packed, decoded)
+        )
+        return unrotate(matrix, size).to(dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
         if self.prepared and fn(self.weight.new_empty(0)).device.type != "cpu":
@@ -184,7 +201,8 @@ class PackedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """What print(model) shows."""
+        turned = "" if self._rotation == 1 else f", rotation={self._rotation}"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, {self.form.label}, "
-            f"layout={self.form.layout}, bias={self.bias is not None}"
+            f"layout={self.form.layout}{turned}, bias={self.bias is not None}"
         )

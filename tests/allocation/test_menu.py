@@ -65,7 +65,7 @@ def test_errors_of_integers_are_derived_as_near_where_inputs_are_white():
         for entry in (*PROBES, 4, 8)
     }
     derived = errors_from_probes(found[PROBES[0]], found[PROBES[1]], 128, 1)
-    assert [derived[bits] for bits in (4, 8)] == pytest.approx([found[bits] for bits in (4, 8)], rel=0.4)
+    assert [derived[bits] for bits in (4, 8)] == pytest.approx([found[bits] for bits in (4, 8)], rel=0.5)
 
 
 def test_perfect_probes_do_not_divide_by_zero():

@@ -66,8 +66,7 @@ def test_packed_linear_does_not_share_the_bias_it_was_given():
 def test_packed_linear_shows_what_it_holds():
     linear = PackedLinear.of(random_planes("4:8+2:8", 7, 48))
     assert repr(linear) == (
-        "PackedLinear(in_features=48, out_features=7, layout=planes, patterns=4:8+2:8, scale_block=48, "
-        "bias=False)"
+        "PackedLinear(in_features=48, out_features=7, 4:8+2:8, layout=planes, bias=False)"
     )
     assert torch.equal(linear.dense(), random_planes("4:8+2:8", 7, 48).dense())
 
@@ -115,4 +114,23 @@ def test_layout_paper_keeps_its_bytes_through_dtype_changes():
     for name, tensor in linear.packed.tensors().items():
         assert torch.equal(tensor, before[name])
         assert tensor.dtype == before[name].dtype
-    assert "layout=paper, patterns=4:8, scale_block=48" in repr(linear)
+    assert "4:8, layout=paper, bias=True" in repr(linear)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("count", [1, 40])
+def test_rotated_planes_multiply_as_their_dense_matrix(dtype, count):
+    planes = random_planes("4:8+2:8", 7, 96, rotation=16)
+    linear = PackedLinear.of(planes, torch.randn(7, generator=torch.Generator().manual_seed(1)))
+    assert torch.equal(linear.dense(), planes.dense())
+    assert torch.equal(linear.dense(torch.float16), planes.dense().half())
+    linear.to(dtype)
+    x = torch.randn(count, 96, generator=torch.Generator().manual_seed(2)).to(dtype).requires_grad_()
+    exact = x.detach().double() @ planes.dense().double().T + linear.bias.detach().double()
+    y = linear(x)
+    assert y.dtype == dtype
+    bound = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
+    torch.testing.assert_close(y.double(), exact, rtol=bound, atol=bound)
+    y.sum().backward()
+    expected = planes.dense().double().sum(0).expand(count, -1)
+    torch.testing.assert_close(x.grad.double(), expected, rtol=bound, atol=bound)

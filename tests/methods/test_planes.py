@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from pbsp.binarization.rotation import unrotate
 from pbsp.binarization.scales import round_scales
 from pbsp.errors import CalibrationError, PatternError
 from pbsp.methods.planes import PlaneFit
@@ -62,8 +63,12 @@ def test_weights_that_are_planes_already_are_found_exactly():
     support = torch.rand(6, 8, 8, generator=generator).topk(4, 2).indices
     signs = torch.randint(0, 2, (6, 8, 4), generator=generator) * 2.0 - 1
     weight = 0.75 * torch.zeros(6, 8, 8).scatter_(2, support, signs).view(6, 64)
-    planes = PlaneFit(parse_patterns("4:8"), block=64).compress(weight, torch.eye(64))
+    planes = PlaneFit(parse_patterns("4:8"), block=64, rotation=1).compress(weight, torch.eye(64))
     assert torch.equal(planes.dense(), weight)
+    turned = PlaneFit(parse_patterns("4:8"), block=64).compress(unrotate(weight, 64), torch.eye(64))
+    assert turned.rotation == 64
+    torch.testing.assert_close(turned.rotated(), weight)
+    torch.testing.assert_close(turned.dense(), unrotate(weight, 64))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from pbsp.binarization.rotation import rotate
 from pbsp.methods.planes import PlaneFit
 from pbsp.packed_linear import PackedLinear
 from pbsp.pruning.pattern import parse_patterns
@@ -58,7 +59,8 @@ def test_the_gradient_passes_the_rounding():
     (tuned(x) - target).square().sum().backward(inputs=[tuned.weight])
     tuned.pull()
     stored = tuned.planes()
-    slope = 2 * (x @ stored.dense().T - target).T @ x  # of W
+    slope = rotate(2 * (x @ stored.dense().T - target).T @ x, fit.rotation)  # of W in the planes' basis
+    assert fit.rotation == 4
     for plane in range(2):
         turned = torch.where(1 + tuned.change[plane] < 0, -1.0, 1.0)
         for block, columns in enumerate((slice(0, 16), slice(16, 32), slice(32, 40))):
@@ -77,7 +79,7 @@ def test_first_latents_give_the_codes_and_lean_to_the_original():
     for plane, pattern in enumerate(fit.patterns):
         assert torch.equal(codes_of(latents[plane], pattern), fit.signs[plane])
     pruned = fit.signs == 0
-    left = (weight - fit.dense())[None].expand_as(latents)
+    left = (rotate(weight, fit.rotation) - fit.rotated())[None].expand_as(latents)
     assert torch.equal(latents[pruned].sign(), left[pruned].sign())
 
 

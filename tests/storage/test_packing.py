@@ -11,6 +11,7 @@ from oracles import code_bytes_by_integers
 from pbsp.binarization.planes import Planes
 from pbsp.errors import FormatError, PatternError
 from pbsp.pruning.pattern import Pattern
+from pbsp.storage.checkpoint import LayerEntry, packed_digest
 from pbsp.storage.packing import row_bytes, unpack_signs
 from pbsp.storage.planes import pack_planes
 from random_planes import random_planes, random_signs
@@ -173,3 +174,20 @@ def test_the_worked_matrix_of_the_documentation_has_the_bytes_printed_there():
     assert printed["weight"] == " | ".join(bytes(row.tolist()).hex(" ") for row in packed.codes)
     assert printed["weight_scale"] == " | ".join(bytes(row.tolist()).hex(" ") for row in packed.scales)
     assert printed["weight_scale_offset"] == " ".join(map(str, packed.offsets.tolist()))
+
+
+def test_rotated_planes_say_so_in_their_entry_and_digest():
+    planes = random_planes("4:8", 7, 96)
+    turned = pack_planes(replace(planes, rotation=16))
+    entry = LayerEntry(turned.form, False, packed_digest(turned))
+    assert entry.to_dict()["rotation"] == 16
+    assert LayerEntry.from_dict("a", entry.to_dict()) == entry
+    plain = pack_planes(planes)
+    assert "rotation" not in LayerEntry(plain.form, False, "").to_dict()
+    assert packed_digest(plain) != entry.sha256
+    for size, message in (
+        (64, "rows of 96 weights have no rotation of size 64"),
+        (3, "no rotation of size 3"),
+    ):
+        with pytest.raises(FormatError, match=message):
+            LayerEntry.from_dict("a", {**entry.to_dict(), "rotation": size})

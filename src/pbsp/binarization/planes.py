@@ -1,11 +1,12 @@
 """A matrix as a sum of N:M binary planes: Q = Σ_p a_p ⊙ K_p ⊙ B_p, the representation of layout `planes`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int8
 from torch import Tensor
 
+from pbsp.binarization.rotation import unrotate
 from pbsp.binarization.scales import round_scales
 from pbsp.pruning.pattern import Pattern
 
@@ -20,6 +21,7 @@ class Planes:
         scales: float32, non-negative, one per plane, row and block of columns; in units of the weight.
             A finished solve holds only values that the stored 8-bit format can express (see `scales.py`).
         scale_block: columns that share a scale; the last block of a row may be shorter.
+        rotation: size of the Hadamard matrices of the basis that the planes are in, see `rotation`; 1: none.
 
     Source: method.md §9 of this project; one plane is the paper's (arXiv 2502.01705) α·B⊙K with μ = 0.
     """
@@ -28,9 +30,14 @@ class Planes:
     signs: Int8[Tensor, "planes out in"]
     scales: Float[Tensor, "planes out blocks"]
     scale_block: int
+    rotation: int = 1
 
     def dense(self) -> Float[Tensor, "out in"]:
-        """The float32 matrix that the planes stand for, summed in plane order."""
+        """The float32 matrix that the planes stand for, in the basis of the layer's own inputs."""
+        return unrotate(self.rotated(), self.rotation)
+
+    def rotated(self) -> Float[Tensor, "out in"]:
+        """The same in the planes' basis: their sum, in their order."""
         total = torch.zeros(self.signs.shape[1:], dtype=torch.float32, device=self.signs.device)
         for signs, scales in zip(self.signs, self.scales, strict=True):
             total += signs * expand_scales(scales, self.scale_block, signs.shape[1])
@@ -39,7 +46,7 @@ class Planes:
     def split(self, rows: list[int]) -> list["Planes"]:
         """The planes of consecutive runs of rows; copies, so that the whole can be freed."""
         return [
-            Planes(self.patterns, signs.contiguous(), scales.contiguous(), self.scale_block)
+            replace(self, signs=signs.contiguous(), scales=scales.contiguous())
             for signs, scales in zip(self.signs.split(rows, 1), self.scales.split(rows, 1), strict=True)
         ]
 
@@ -50,7 +57,7 @@ class Planes:
             return parts[0]
         scales = round_scales(torch.cat([part.scales for part in parts], 1))
         signs = torch.cat([part.signs for part in parts], 1)
-        return Planes(parts[0].patterns, signs, scales, parts[0].scale_block)
+        return replace(parts[0], signs=signs, scales=scales)
 
     @property
     def nominal_bits(self) -> float:

@@ -15,7 +15,10 @@ _TILE_WEIGHTS = 1 << 22  # decoded weights alive at once: 16 MiB in float32
 def packed_linear(
     x: Float[Tensor, "*batch in"], packed: Packed, bias: Float[Tensor, "out"] | None = None
 ) -> Float[Tensor, "*batch out"]:
-    """X Wᵀ + bias in x's dtype, W decoded some rows at a time; differentiable in x and bias."""
+    """X Wᵀ + bias in x's dtype, W decoded some rows at a time; differentiable in x and bias.
+
+    Of rotated planes W is the matrix in their basis, and x too.
+    """
     products = []
     for low, high in _tiles(packed):
         tile = packed.rows(low, high).decode().to(x.dtype)

@@ -11,6 +11,7 @@ from torch import Tensor
 from pbsp.binarization.codebook import best_codes
 from pbsp.binarization.planes import Planes, block_count, expand_scales, signs_of
 from pbsp.binarization.refinement import descend_codes, refit_scales
+from pbsp.binarization.rotation import check_rotation, rotate, rotate_moment, rotation_for
 from pbsp.binarization.scales import round_scales
 from pbsp.errors import ConfigError
 from pbsp.methods.checks import check_blocks
@@ -30,6 +31,8 @@ class PlaneFit:
         block: columns that share one scale.
         damping: ridge added to the moment, as a fraction of its mean diagonal.
         sweeps: rounds of coordinate descent, each followed by a joint refit of all scales.
+        rotation: size of the Hadamard matrices that weights and inputs are turned by, a power of four, or
+            the largest that divides the row; 1: none.
 
     Source: method.md §9 of this project, after SPBO (arXiv 2502.01705, Alg. 1): the support is chosen
     again with the signs whenever a group is visited.
@@ -41,9 +44,11 @@ class PlaneFit:
     block: int = 128
     damping: float = 0.01
     sweeps: int = 3
+    rotation: int = 64
 
     def __post_init__(self) -> None:
         check_blocks(self.block, self.damping, *self.patterns)
+        check_rotation(self.rotation)
         if not 0 <= self.sweeps <= 1000:
             raise ConfigError(f"sweeps is {self.sweeps}; it must be between 0 and 1000")
 
@@ -56,7 +61,9 @@ class PlaneFit:
         """
         for pattern in self.patterns:
             pattern.check(weight.shape[1])
-        hessian = damped(moment, self.damping)
+        rotation = rotation_for(weight.shape[1], self.rotation)
+        weight = rotate(weight, rotation)
+        hessian = rotate_moment(damped(moment, self.damping), rotation)
         factor = inverse_factor(hessian).to(weight.dtype)
         hessian = hessian.to(weight.dtype)
         scales = self._first_scales(weight)
@@ -67,7 +74,7 @@ class PlaneFit:
                 weight, signs, scales, hessian, patterns=self.patterns, scale_block=self.block
             )
             signs, scales = self._refit(weight, signs, hessian)
-        return Planes(self.patterns, signs.to(torch.int8), scales.float(), self.block)
+        return Planes(self.patterns, signs.to(torch.int8), scales.float(), self.block, rotation)
 
     def _first_scales(self, weight: Tensor) -> Tensor:
         """Each plane's mean kept magnitude per row and block, on the residual of the planes before it."""

@@ -1,10 +1,13 @@
 """A linear layer of planes whose scales, and codes, can be tuned, and stay what the file can hold."""
 
+from dataclasses import replace
+
 import torch
 from jaxtyping import Float, Int8
 from torch import Tensor, nn
 
 from pbsp.binarization.planes import Planes, block_count, expand_scales, signs_of
+from pbsp.binarization.rotation import rotate
 from pbsp.binarization.scales import round_scales
 from pbsp.pruning.keep import keep_largest
 from pbsp.pruning.pattern import Pattern
@@ -66,9 +69,9 @@ class TunedPlanes(nn.Module):
     @torch.no_grad()
     def pull(self) -> None:
         """Turn the gradient of `weight`, none where it was not called, into those of scales and codes."""
-        gradient = self.weight.grad
-        if gradient is None:
+        if self.weight.grad is None:
             return
+        gradient = rotate(self.weight.grad, self._planes.rotation)
         _, rows, blocks = self.change.shape
         block, columns = self._planes.scale_block, gradient.shape[1]
         missing = block_count(columns, block) * block - columns
@@ -89,7 +92,7 @@ class TunedPlanes(nn.Module):
         signs = self._signs
         if bool((scales < 0).any()):
             signs = signs * expand_scales(signs_of(scales), block, columns).to(torch.int8)
-        return Planes(self._planes.patterns, signs.contiguous(), scales.abs(), block)
+        return replace(self._planes, signs=signs.contiguous(), scales=scales.abs())
 
     def _scales(self) -> Float[Tensor, "planes out blocks"]:
         wanted = self._planes.scales * (1 + self.change.detach())
@@ -104,7 +107,7 @@ def first_latents(planes: Planes, original: Float[Tensor, "out in"]) -> Float[Te
     """
     columns = planes.signs.shape[2]
     scales = expand_scales(planes.scales, planes.scale_block, columns)
-    left = original.float() - planes.dense()
+    left = rotate(original.float(), planes.rotation) - planes.rotated()
     latents = []
     for signs, scale in zip(planes.signs, scales, strict=True):
         wanted = torch.where(scale > 0, left / scale.clamp_min(1e-30), 0.0) + signs

@@ -38,6 +38,8 @@ class LayerEntry:
         values = {field.name: getattr(self.form, field.name) for field in fields(self.form)}
         if "patterns" in values:
             values["patterns"] = format_patterns(values["patterns"])
+        if values.get("rotation") == 1:
+            del values["rotation"]
         return {"layout": self.layout, **values, "bias": self.bias, "sha256": self.sha256}
 
     @staticmethod
@@ -53,6 +55,9 @@ class LayerEntry:
         sizes = [field for field in names if field != "patterns"]
         written = {field: int if field in sizes else str for field in names}
         types = {"layout": str, **written, "bias": bool, "sha256": str}
+        if "rotation" not in entry:  # absent for 1, which is none
+            types.pop("rotation", None)
+        sizes = [field for field in sizes if field in types]
         if set(entry) != set(types):
             raise FormatError(f"layer {name}: its entry must have exactly the keys {', '.join(types)}")
         for key, expected in types.items():

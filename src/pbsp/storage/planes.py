@@ -9,6 +9,7 @@ from jaxtyping import Float, Int8, UInt8
 from torch import Tensor
 
 from pbsp.binarization.planes import Planes, block_count, expand_scales
+from pbsp.binarization.rotation import SIZES
 from pbsp.binarization.scales import decode_scales, encode_scales, scale_offsets
 from pbsp.errors import FormatError
 from pbsp.pruning.pattern import Pattern, format_patterns
@@ -26,9 +27,11 @@ class PlanesForm:
     Attributes:
         patterns: N:M of each plane.
         scale_block: columns that share a scale.
+        rotation: see `Planes`.
 
     Raises:
         PatternError: a pattern does not tile the rows.
+        FormatError: the rows cannot be rotated so.
     """
 
     layout: ClassVar[str] = "planes"
@@ -36,14 +39,18 @@ class PlanesForm:
     in_features: int
     out_features: int
     scale_block: int
+    rotation: int = 1
 
     def __post_init__(self) -> None:
         for pattern in self.patterns:
             pattern.check(self.in_features)
+        if self.rotation not in SIZES or self.in_features % self.rotation:
+            raise FormatError(f"rows of {self.in_features} weights have no rotation of size {self.rotation}")
 
     def __str__(self) -> str:
         sizes = f"{self.out_features}x{self.in_features}/{self.scale_block}"
-        return f"{self.layout} {format_patterns(self.patterns)} {sizes}"
+        rotated = "" if self.rotation == 1 else f" {self.rotation}"
+        return f"{self.layout} {format_patterns(self.patterns)} {sizes}{rotated}"
 
     @property
     def plane_bytes(self) -> list[int]:
@@ -107,11 +114,11 @@ class PackedPlanes:
         planes = list(self._planes())
         signs = torch.stack([signs for signs, _ in planes])
         scales = torch.stack([scales for _, scales in planes])
-        return Planes(self.form.patterns, signs, scales, self.form.scale_block)
+        return Planes(self.form.patterns, signs, scales, self.form.scale_block, self.form.rotation)
 
     @torch.no_grad()
     def decode(self) -> Float[Tensor, "out in"]:
-        """All rows in float32, summed in plane order: equal to `Planes.dense`, bit for bit."""
+        """All rows in float32, summed in plane order: equal to `Planes.rotated`, bit for bit."""
         form = self.form
         total = None
         for signs, scales in self._planes():
@@ -157,7 +164,7 @@ def pack_planes(planes: Planes) -> PackedPlanes:
         PatternError: a pattern does not tile the rows.
     """
     _, rows, columns = planes.signs.shape
-    form = PlanesForm(planes.patterns, columns, rows, planes.scale_block)
+    form = PlanesForm(planes.patterns, columns, rows, planes.scale_block, planes.rotation)
     codes = [pack_signs(signs, pattern) for pattern, signs in zip(planes.patterns, planes.signs, strict=True)]
     offsets = scale_offsets(planes.scales)
     scales = [
