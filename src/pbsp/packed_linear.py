@@ -144,15 +144,6 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         """The product by the compiled kernels if there is one for it, else as `kernels.reference` says."""
-        size = self._rotation
-        if size == 1:
-            return self._product(x)
-        turned = rotate(x if x.dtype == torch.float64 else x.float(), size)
-        # Where 16-bit products are fast, x is rounded again; else float16 is spared from overflowing.
-        narrow = x.dtype == torch.bfloat16 or x.device.type != "cpu"
-        return self._product(turned.to(x.dtype) if narrow else turned).to(x.dtype)
-
-    def _product(self, x: Tensor) -> Tensor:
         if isinstance(self.form, RowsForm):
             y = rows_linear(x, self.weight.detach(), self.form.bits)
             return y if self.bias is None else y + self.bias
@@ -160,8 +151,9 @@ class PackedLinear(nn.Module):
             assert self._numbers is not None, "only planes are prepared"
             matrix = (self.weight, getattr(self, SCALES), getattr(self, OFFSETS), *self._numbers)
             return planes_linear(x, matrix, self.bias)
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return reference.packed_linear(x, self.packed, bias)
+        wide = x if x.dtype == torch.float64 else x.float()
+        turned = x if self._rotation == 1 else rotate(wide, self._rotation).to(x.dtype)
+        return reference.packed_linear(turned, self.packed, self.bias)
 
     def _prepare_outside_graphs(self) -> bool:
         return not torch.compiler.is_compiling() and self.prepare()

@@ -14,6 +14,7 @@ namespace {
 struct Case {
   std::vector<int> patterns;
   int64_t rows, columns, scale_block;
+  int32_t rotation = 1;
 };
 
 std::mt19937 noise(1);
@@ -69,6 +70,24 @@ void expect(bool right, const char* what, const Case& with, const char* kernel) 
               static_cast<long>(with.rows), static_cast<long>(with.columns), static_cast<long>(with.scale_block));
 }
 
+// The rotation of docs/format.md, entry by entry.
+void turn(const Case& with, const float* x, double* turned) {
+  for (int64_t column = 0; column < with.columns; ++column) {
+    const int64_t first = column / with.rotation * with.rotation;
+    turned[column] = 0;
+    for (int64_t i = 0; i < with.rotation; ++i) {
+      uint32_t mixed = static_cast<uint32_t>(first + i);
+      mixed ^= mixed >> 16;
+      mixed *= 0x85ebca6bu;
+      mixed ^= mixed >> 13;
+      mixed *= 0xc2b2ae35u;
+      mixed ^= mixed >> 16;
+      const int minus = (mixed & 1u) + __builtin_popcountll(i & (column - first));
+      turned[column] += (with.rotation > 1 && minus % 2 ? -1.0 : 1.0) * x[first + i] / std::sqrt(with.rotation);
+    }
+  }
+}
+
 void check(const Case& with) {
   const int planes = static_cast<int>(with.patterns.size() / 2);
   const int64_t blocks = (with.columns + with.scale_block - 1) / with.scale_block;
@@ -96,7 +115,8 @@ void check(const Case& with) {
       target += plane_bytes[plane];
     }
   }
-  PbspMatrix matrix{nullptr, scales.data(), offsets.data(), with.rows, with.columns, with.scale_block, planes, {}};
+  PbspMatrix matrix{nullptr, scales.data(), offsets.data(), with.rows, with.columns, with.scale_block, planes, {},
+                    with.rotation};
   for (size_t i = 0; i < with.patterns.size(); ++i) matrix.patterns[i] = with.patterns[i];
   std::vector<uint8_t> layout(with.rows * pbsp_row_bytes(&matrix));
   expect(pbsp_from_codes(&matrix, codes.data(), layout.data(), 2) == 0, "memory", with, "layout");
@@ -116,6 +136,8 @@ void check(const Case& with) {
       std::normal_distribution<float> normal;
       for (float& number : x) number = normal(noise);
       for (float& number : bias) number = normal(noise);
+      std::vector<double> turned(x.size());
+      for (int64_t i = 0; i < x_rows; ++i) turn(with, x.data() + i * with.columns, turned.data() + i * with.columns);
       for (int digits = 1; digits <= 3; ++digits) {
         pbsp_multiply(kernel, &matrix, x.data(), y.data(), x_rows, 0, bias.data(), digits, 2);
         pbsp_multiply(kernel, &matrix, x.data(), one.data(), x_rows, 0, bias.data(), digits, 1);
@@ -124,7 +146,7 @@ void check(const Case& with) {
           for (int64_t row = 0; row < with.rows; ++row) {
             double exact = bias[row], size = std::fabs(bias[row]);
             for (int64_t column = 0; column < with.columns; ++column) {
-              const double part = dense[row * with.columns + column] * x[i * with.columns + column];
+              const double part = dense[row * with.columns + column] * turned[i * with.columns + column];
               exact += part;
               size += std::fabs(dense[row * with.columns + column]) * 4;
             }
@@ -195,6 +217,9 @@ int main() {
   check({{11, 12}, 2, 1200, 192});
   check({{1, 200}, 2, 400, 400});
   check({{4, 8}, 300, 1024, 128});  // large enough for two threads
+  check({{4, 8}, 3, 576, 128, 64});
+  check({{3, 8, 1, 4}, 5, 48, 20, 16});
+  check({{2, 8}, 2, 1024, 1024, 1024});
   for (const int64_t rows : {1, 15, 33}) {
     for (int kept = 1; kept <= 6; ++kept) check_search(kept, 6, rows);
   }

@@ -69,6 +69,21 @@ def test_few_rows_are_as_exact_as_a_dense_product(kernel, name, text):
 
 @pytest.mark.parametrize("name", RUNNABLE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("columns", "rotation"), [(96, 16), (576, 64), (1024, 1024), (20, 4)])
+def test_rotated_planes(kernel, name, dtype, columns, rotation):
+    kernel(name, "float")
+    planes = random_planes("2:4", 33, columns, scale_block=96, rotation=rotation)
+    packed = RuntimePlanes.of(pack_planes(planes))
+    for x_rows in (1, 3, 40):  # the last by decoded tiles
+        x = torch.randn(x_rows, columns, generator=torch.Generator().manual_seed(x_rows)).to(dtype)
+        exact = exact_product(x, planes.dense())
+        size = torch.outer(x.double().norm(dim=1), planes.dense().double().norm(dim=1))
+        bound = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
+        assert ((planes_linear(x, packed.arguments) - exact).abs() <= bound * size).all()
+
+
+@pytest.mark.parametrize("name", RUNNABLE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize(
     "columns", [8, 120, 128, 136]

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from pbsp.binarization.rotation import rotate, unrotate
 from pbsp.compiled import ACTIVATIONS, DTYPES, activations, check, kernel_name, library
 from pbsp.kernels.runtime import MatrixArguments, RuntimePlanes, matrix_struct
 from pbsp.pruning.pattern import Pattern
@@ -21,7 +22,9 @@ from pbsp.storage.streams import row_tiles
 _FEW_ROWS = 48  # divided by bytes of a number: up to here the bits beat decoding and a dense product
 _TILE_WEIGHTS = 1 << 20  # decoded weights alive at once: 4 MiB in float32
 
-_MATRIX = "Tensor layout, Tensor scales, Tensor offsets, int[] patterns, int columns, int scale_block"
+_MATRIX = (
+    "Tensor layout, Tensor scales, Tensor offsets, int[] patterns, int columns, int scale_block, int rotation"
+)
 torch.library.define("pbsp::planes_linear", f"(Tensor x, {_MATRIX}, Tensor? bias) -> Tensor")
 torch.library.define("pbsp::planes_transposed", f"(Tensor y, {_MATRIX}) -> Tensor")
 
@@ -63,18 +66,19 @@ class _Linear(torch.autograd.Function):
             x_grad = torch.ops.pbsp.planes_transposed(grad, *ctx.saved_tensors, *ctx.numbers)
         if ctx.needs_input_grad[1]:
             bias_grad = grad.reshape(-1, grad.shape[-1]).sum(0)
-        return x_grad, bias_grad, *(None,) * 6
+        return x_grad, bias_grad, *(None,) * 7
 
 
 @torch.library.impl("pbsp::planes_linear", "CPU")
 def _linear(x: Tensor, *arguments: Any) -> Tensor:
-    matrix, bias = arguments[:6], arguments[6]
+    matrix, bias = arguments[:7], arguments[7]
     layout, columns = matrix[0], matrix[4]
     if x.shape[-1] != columns:
         raise RuntimeError(f"x has rows of {x.shape[-1]} numbers; the packed linear takes {columns}")
     x_rows, digits = x.numel() // columns, ACTIVATIONS[activations()]
     if x_rows * digits > _FEW_ROWS:
-        y = _dense_product(x.reshape(x_rows, columns), _planes(*matrix), bias)
+        rows = rotate(x.reshape(x_rows, columns).float(), matrix[6]).to(x.dtype)
+        y = _dense_product(rows, _planes(*matrix), bias)
         return y.view(*x.shape[:-1], layout.shape[0])
     y = x.new_empty(*x.shape[:-1], layout.shape[0])
     x = x.contiguous()
@@ -103,7 +107,7 @@ def _transposed(y: Tensor, *matrix: Any) -> Tensor:
     total = rows.new_zeros(len(rows), planes.form.in_features)
     for low, high in row_tiles(planes.form.out_features, planes.form.in_features, _TILE_WEIGHTS):
         total.addmm_(rows[:, low:high], planes.rows(low, high).decode())
-    return total.to(y.dtype).view(*y.shape[:-1], -1)
+    return unrotate(total, planes.form.rotation).to(y.dtype).view(*y.shape[:-1], -1)
 
 
 @torch.library.register_fake("pbsp::planes_linear")
@@ -117,7 +121,7 @@ def _fake_transposed(y: Tensor, *matrix: Any) -> Tensor:
 
 
 def _dense_product(x: Tensor, planes: RuntimePlanes, bias: Tensor | None) -> Tensor:
-    """X Wᵀ + bias in x's dtype, W decoded tile by tile."""
+    """X Wᵀ + bias in x's dtype, W decoded tile by tile, both in the planes' basis."""
     # 16-bit products are slower than float32 ones, but for processors with instructions for matrices.
     dtype = x.dtype if x.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported() else torch.float32
     y = x.new_empty(len(x), planes.form.out_features)
@@ -130,8 +134,16 @@ def _dense_product(x: Tensor, planes: RuntimePlanes, bias: Tensor | None) -> Ten
 
 
 def _planes(
-    layout: Tensor, scales: Tensor, offsets: Tensor, patterns: list[int], columns: int, scale_block: int
+    layout: Tensor,
+    scales: Tensor,
+    offsets: Tensor,
+    patterns: list[int],
+    columns: int,
+    scale_block: int,
+    rotation: int,
 ) -> RuntimePlanes:
     pairs = zip(patterns[::2], patterns[1::2], strict=True)
-    form = PlanesForm(tuple(Pattern(*pair) for pair in pairs), columns, layout.shape[0], scale_block)
+    form = PlanesForm(
+        tuple(Pattern(*pair) for pair in pairs), columns, layout.shape[0], scale_block, rotation
+    )
     return RuntimePlanes(form, layout, scales, offsets)

@@ -14,8 +14,8 @@ from torch import Tensor
 from pbsp.compiled import DTYPES, MatrixStruct, check, kernel_name, library
 from pbsp.storage.planes import PackedPlanes, PlanesForm
 
-MatrixArguments = tuple[Tensor, Tensor, Tensor, list[int], int, int]
-"""What operators know of packed planes: layout, scales, offsets, N and M by plane, columns, scale block."""
+MatrixArguments = tuple[Tensor, Tensor, Tensor, list[int], int, int, int]
+"""What operators know: layout, scales, offsets, N and M by plane, columns, scale block, rotation."""
 
 
 @dataclass(frozen=True)
@@ -87,14 +87,20 @@ class RuntimePlanes:
         return matrix_struct(*self.arguments)
 
 
-def form_numbers(form: PlanesForm) -> tuple[list[int], int, int]:
-    """The last three of `MatrixArguments`."""
+def form_numbers(form: PlanesForm) -> tuple[list[int], int, int, int]:
+    """The last four of `MatrixArguments`."""
     patterns = [number for pattern in form.patterns for number in (pattern.kept, pattern.group)]
-    return patterns, form.in_features, form.scale_block
+    return patterns, form.in_features, form.scale_block, form.rotation
 
 
 def matrix_struct(
-    layout: Tensor, scales: Tensor, offsets: Tensor, patterns: list[int], columns: int, scale_block: int
+    layout: Tensor,
+    scales: Tensor,
+    offsets: Tensor,
+    patterns: list[int],
+    columns: int,
+    scale_block: int,
+    rotation: int,
 ) -> MatrixStruct:
     """Pointers and sizes for the library."""
     assert layout.is_contiguous(), "rows of the runtime layout follow each other"
@@ -108,4 +114,5 @@ def matrix_struct(
         scale_block,
         len(patterns) // 2,
         tuple(patterns),
+        rotation,
     )

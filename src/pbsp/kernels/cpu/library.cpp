@@ -28,6 +28,7 @@ Matrix matrix_of(const PbspMatrix& given) {
   matrix.rows = given.rows;
   matrix.columns = given.columns;
   matrix.scale_block = std::min(given.scale_block, given.columns);
+  matrix.rotation = given.rotation;
   matrix.planes = given.planes;
   for (int number = 0; number < given.planes; ++number) {
     matrix.plane[number].kept = given.patterns[2 * number];
@@ -148,7 +149,7 @@ int guarded(const Work& work) {
 
 }  // namespace
 
-int pbsp_abi() { return 4; }
+int pbsp_abi() { return 5; }
 
 int pbsp_supports(const char* name) { return kernels_named(name) != nullptr; }
 

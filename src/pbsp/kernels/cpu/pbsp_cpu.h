@@ -21,6 +21,7 @@ typedef struct {
   int64_t scale_block;
   int32_t planes;
   int32_t patterns[8]; /* N and M of each plane */
+  int32_t rotation;    /* size of the Hadamard matrices of the planes' basis; 1: none */
 } PbspMatrix;
 
 /* Changes when this file does. */
@@ -39,7 +40,7 @@ PBSP_EXPORT int64_t pbsp_row_bytes(const PbspMatrix* matrix);
 PBSP_EXPORT int pbsp_from_codes(const PbspMatrix* matrix, const uint8_t* codes, uint8_t* layout, int threads);
 PBSP_EXPORT int pbsp_to_codes(const PbspMatrix* matrix, uint8_t* codes, int threads);
 
-/* y (x_rows, rows) = x (x_rows, columns) * transposed matrix + bias. x and y are float32, bfloat16 or float16
+/* y (x_rows, rows) = x (x_rows, columns) * transposed matrix + bias, x first rotated as the matrix is. x and y are float32, bfloat16 or float16
  * (dtype 0, 1, 2), bias is float32 or null; each number of x becomes 1 to 4 signed bytes, the digits. */
 PBSP_EXPORT int pbsp_multiply(const char* name, const PbspMatrix* matrix, const void* x, void* y, int64_t x_rows,
                               int dtype, const float* bias, int digits, int threads);

@@ -37,6 +37,7 @@ struct Matrix {
   int64_t chunks;
   int64_t scale_block;
   int64_t blocks;
+  int64_t rotation;  // columns of a Hadamard matrix; 1: none
   int planes;
   Plane plane[kMaxPlanes];
   float scale_of[kMaxPlanes][256];

@@ -3,6 +3,7 @@
 
 #include "numbers.hpp"
 #include "planes.hpp"
+#include "rotation.hpp"
 
 namespace pbsp {
 namespace {
@@ -24,6 +25,7 @@ void prepare_tile(const Product& product, const Tile& tile, const void* x, float
   const int64_t stride = static_cast<int64_t>(tile.rows) * digits * kChunk;
   for (int index = 0; index < tile.rows; ++index) {
     load_row(x, product.dtype, (tile.first_row + index) * matrix.columns, matrix.columns, row);
+    if (matrix.rotation > 1) rotate_row(row, matrix.columns, matrix.rotation);
     int64_t segment = 0;
     for (int64_t block = 0; block < matrix.blocks; ++block) {
       const int64_t first = block * matrix.scale_block;
