@@ -1,0 +1,118 @@
+"""What recovery wins at each budget: nothing tuned, blocks, the whole model, and both.
+
+Runs `pbsp compress`, `recover`, `evaluate` and `generate` as a user would. Folders and results stay in
+OUT; what is there is not done again, and a step that was interrupted goes on. OUT/recovery.md is written
+anew after each step.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+KINDS = {"none": "none", "block": "none", "model": "none", "both": "block"}
+"""Kind → the one whose folder the whole model's tuning starts from, where it does."""
+
+
+class Recovery:
+    """The points of one folder."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options, self.folder = options, options.output
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def point(self, bits: float, kind: str) -> None:
+        """Make a point's folder and measure it, unless that was done."""
+        result = self.folder / f"{bits}-{kind}.json"
+        if result.is_file():
+            return
+        made = self.folder / f"{bits}-{kind}"
+        start = time.perf_counter()
+        if not made.is_dir():
+            self.make(bits, kind, made)
+        found = {
+            "seconds": time.perf_counter() - start,
+            "texts": [self.evaluate(made, text) for text in self.options.texts],
+            "answers": {prompt: self.answer(str(made), prompt) for prompt in self.options.prompts},
+        }
+        result.write_text(json.dumps(found, indent=1), encoding="utf-8")
+        self.write()
+
+    def make(self, bits: float, kind: str, made: Path) -> None:
+        """Compress, or tune what was compressed before."""
+        options = self.options
+        text = ["--calibration", options.calibration, "-o", str(made), "--device", options.device]
+        text += ["--resume"] if Path(f"{made}.unfinished").is_dir() else []
+        if kind in ("none", "block"):
+            taken = ["--samples", str(options.samples), "--context", str(options.context)]
+            pbsp("compress", options.model, "--bits", str(bits), "--recover", kind, *text, *taken)
+        else:
+            taken = ["--samples", str(options.tuned), "--context", str(options.tuned_context)]
+            source = self.folder / f"{bits}-{KINDS[kind]}"
+            pbsp("recover", str(source), "--against", options.model, *text, *taken)
+
+    def evaluate(self, made: Path, text: str) -> dict[str, Any]:
+        """Perplexity and KL on a text's first windows."""
+        options = self.options
+        windows = ["--windows", str(options.windows), "--context", str(options.eval_context)]
+        shown = ["--against", options.model, "--device", options.device, "--json"]
+        return json.loads(pbsp("evaluate", str(made), "--text", text, *windows, *shown))
+
+    def answer(self, model: str, prompt: str) -> str:
+        """A greedy continuation."""
+        shown = ["--raw", "--max-tokens", "30", "--device", self.options.device, "--json"]
+        return json.loads(pbsp("generate", model, prompt, *shown))["text"]
+
+    def write(self) -> None:
+        """The table of all that is known."""
+        texts = [Path(text).name for text in self.options.texts]
+        lines = [f"| bits | tuned | seconds | {' | '.join(f'{text}, KL' for text in texts)} |"]
+        lines.append("|---" * (3 + len(texts)) + "|")
+        for bits in self.options.bits:
+            for kind in KINDS:
+                file = self.folder / f"{bits}-{kind}.json"
+                if file.is_file():
+                    found = json.loads(file.read_text(encoding="utf-8"))
+                    scores = [
+                        f"{t['perplexity']:.1f} ± {t['stderr']:.1f}, {t['kl']:.3f}" for t in found["texts"]
+                    ]
+                    lines.append(f"| {bits} | {kind} | {found['seconds']:.0f} | {' | '.join(scores)} |")
+                    lines += [f"| | {prompt} | | {answer!r} |" for prompt, answer in found["answers"].items()]
+        (self.folder / "recovery.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def pbsp(*arguments: str) -> str:
+    """What the command prints; its progress goes to the terminal."""
+    command = [sys.executable, "-m", "pbsp", *arguments]
+    print(" ".join(command[2:]), flush=True)
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("texts", metavar="TEXT", nargs="+", help="to evaluate on")
+    parser.add_argument("-o", "--output", metavar="OUT", type=Path, required=True)
+    parser.add_argument("--calibration", required=True, help="to calibrate and tune on")
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--bits", nargs="+", type=float, default=[2.5, 1.5, 1.0])
+    parser.add_argument("--samples", type=int, default=32, help="calibration windows")
+    parser.add_argument("--context", type=int, default=1024)
+    parser.add_argument("--tuned", type=int, default=192, help="windows for the whole model")
+    parser.add_argument("--tuned-context", type=int, default=512)
+    parser.add_argument("--windows", type=int, default=40)
+    parser.add_argument("--eval-context", type=int, default=2048)
+    parser.add_argument("--prompts", nargs="+", default=["The city of Paris is known for"])
+    options = parser.parse_args()
+    recovery = Recovery(options)
+    for bits in options.bits:
+        for kind in KINDS:
+            recovery.point(bits, kind)
+    recovery.write()
+
+
+if __name__ == "__main__":
+    main()
