@@ -78,7 +78,7 @@ def _linear(x: Tensor, *arguments: Any) -> Tensor:
     x_rows, digits = x.numel() // columns, ACTIVATIONS[activations()]
     if x_rows * digits > _FEW_ROWS:
         rows = rotate(x.reshape(x_rows, columns).float(), matrix[6]).to(x.dtype)
-        y = _dense_product(rows, _planes(*matrix), bias)
+        y = _dense_product(rows, _planes(matrix), bias)
         return y.view(*x.shape[:-1], layout.shape[0])
     y = x.new_empty(*x.shape[:-1], layout.shape[0])
     x = x.contiguous()
@@ -102,7 +102,7 @@ def _linear(x: Tensor, *arguments: Any) -> Tensor:
 @torch.library.impl("pbsp::planes_transposed", "CPU")
 def _transposed(y: Tensor, *matrix: Any) -> Tensor:
     """Y W in y's dtype: the gradient of a product's input; summed in float32."""
-    planes = _planes(*matrix)
+    planes = _planes(matrix)
     rows = y.reshape(-1, y.shape[-1]).float()
     total = rows.new_zeros(len(rows), planes.form.in_features)
     for low, high in row_tiles(planes.form.out_features, planes.form.in_features, _TILE_WEIGHTS):
@@ -133,17 +133,8 @@ def _dense_product(x: Tensor, planes: RuntimePlanes, bias: Tensor | None) -> Ten
     return y
 
 
-def _planes(
-    layout: Tensor,
-    scales: Tensor,
-    offsets: Tensor,
-    patterns: list[int],
-    columns: int,
-    scale_block: int,
-    rotation: int,
-) -> RuntimePlanes:
-    pairs = zip(patterns[::2], patterns[1::2], strict=True)
-    form = PlanesForm(
-        tuple(Pattern(*pair) for pair in pairs), columns, layout.shape[0], scale_block, rotation
-    )
+def _planes(matrix: MatrixArguments) -> RuntimePlanes:
+    layout, scales, offsets, patterns, columns, scale_block, rotation = matrix
+    planes = tuple(Pattern(*pair) for pair in zip(patterns[::2], patterns[1::2], strict=True))
+    form = PlanesForm(planes, columns, layout.shape[0], scale_block, rotation)
     return RuntimePlanes(form, layout, scales, offsets)
