@@ -173,8 +173,8 @@ class Config:
     def build(self, entry: Entry | None = None) -> Method:
         """The method that these settings describe, for a layer that is stored as `entry`."""
         if isinstance(entry, int):
-            own = {"damping": self.options["damping"]} if "damping" in self.options else {}
-            return build_method("integers", None, {"bits": entry, **own})
+            shared = {name: self.options[name] for name in ("damping", "rotation") if name in self.options}
+            return build_method("integers", None, {"bits": entry, **shared})
         if entry is None and self.pattern is not None:
             entry = parse_patterns(self.pattern)
         return build_method(self.method, entry, self.options)

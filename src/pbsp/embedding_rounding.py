@@ -40,6 +40,6 @@ def round_head(
     """
     if bits == 8 or moment is None:
         return quantize_rows(weight, bits)
-    method = IntegerFit(bits, _DAMPING)
+    method = IntegerFit(bits, _DAMPING, rotation=1)  # rows of embeddings are looked up as they are
     parts = weight.detach().float().split(_ROWS_AT_ONCE)
     return torch.cat([method.compress(part, moment.to(weight.device)).packed for part in parts])

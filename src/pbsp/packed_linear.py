@@ -59,7 +59,7 @@ class PackedLinear(nn.Module):
         self.conv1d = False
         self.prepared = False
         self._numbers = form_numbers(form) if isinstance(form, PlanesForm) else None
-        self._rotation = form.rotation if isinstance(form, PlanesForm) else 1
+        self._rotation = getattr(form, "rotation", 1)  # layout `paper` has none
         empty = {
             name: torch.empty(spec.shape, dtype=spec.dtype, device=device)
             for name, spec in form.specs().items()
@@ -145,15 +145,19 @@ class PackedLinear(nn.Module):
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         """The product by the compiled kernels if there is one for it, else as `kernels.reference` says."""
         if isinstance(self.form, RowsForm):
-            y = rows_linear(x, self.weight.detach(), self.form.bits)
+            y = rows_linear(self._turned(x), self.weight.detach(), self.form.bits)
             return y if self.bias is None else y + self.bias
         if x.device.type == "cpu" and x.dtype in DTYPES and (self.prepared or self._prepare_outside_graphs()):
             assert self._numbers is not None, "only planes are prepared"
             matrix = (self.weight, getattr(self, SCALES), getattr(self, OFFSETS), *self._numbers)
             return planes_linear(x, matrix, self.bias)
-        wide = x if x.dtype == torch.float64 else x.float()
-        turned = x if self._rotation == 1 else rotate(wide, self._rotation).to(x.dtype)
-        return reference.packed_linear(turned, self.packed, self.bias)
+        return reference.packed_linear(self._turned(x), self.packed, self.bias)
+
+    def _turned(self, x: Tensor) -> Tensor:
+        """In the basis of the matrix; compiled products with planes do that themselves."""
+        if self._rotation == 1:
+            return x
+        return rotate(x if x.dtype == torch.float64 else x.float(), self._rotation).to(x.dtype)
 
     def _prepare_outside_graphs(self) -> bool:
         return not torch.compiler.is_compiling() and self.prepare()

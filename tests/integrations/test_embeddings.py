@@ -94,7 +94,7 @@ def test_what_the_head_multiplies_with_is_rounded_under_its_inputs(name, tmp_pat
 
 def test_rounding_is_that_of_the_method_in_any_number_of_parts(monkeypatch):
     weight, moment = layer_problem(rows=10, columns=64)
-    expected = IntegerFit(4, 0.1).compress(weight, moment).packed
+    expected = IntegerFit(4, 0.1, rotation=1).compress(weight, moment).packed
     assert torch.equal(round_head(weight, 4, moment), expected)
     monkeypatch.setattr("pbsp.embedding_rounding._ROWS_AT_ONCE", 3)
     assert torch.equal(round_head(weight, 4, moment), expected)

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from oracles import rows_by_reinversion
+from pbsp.binarization.rotation import rotate, rotate_moment, unrotate
 from pbsp.errors import CalibrationError, ConfigError, PatternError
 from pbsp.methods.integers import IntegerFit
 from pbsp.quantization.rows import dequantize_rows, quantize_rows
@@ -13,9 +14,19 @@ from variants import layer_problem
 @pytest.mark.parametrize(("columns", "bits"), [(32, 4), (96, 4), (1, 8), (40, 8)])
 def test_sweep_equals_reinversion_column_by_column(columns, bits):
     weight, moment = layer_problem(rows=4, columns=columns, dtype=torch.float64)
-    found = IntegerFit(bits).compress(weight, moment)
+    found = IntegerFit(bits, rotation=1).compress(weight, moment)
     expected = rows_by_reinversion(weight, damped(moment, 0.01), bits)
     torch.testing.assert_close(found.dense().double(), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_rotated_it_is_the_same_fit_in_the_other_basis(bits):
+    weight, moment = layer_problem(rows=4, columns=96, dtype=torch.float64)
+    found = IntegerFit(bits).compress(weight, moment)
+    assert found.rotation == 16
+    turned = rotate_moment(moment.clone(), 16)
+    plain = IntegerFit(bits, rotation=1).compress(rotate(weight, 16), turned)
+    torch.testing.assert_close(found.dense(), unrotate(plain.dense(), 16), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("bits", [4, 8])

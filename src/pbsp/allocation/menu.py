@@ -21,9 +21,9 @@ PROBES: tuple[Entry, Entry] = parse_entry("2:8"), parse_entry("3:8+3:8")
 
 
 def entry_fit(entry: Entry, planes: PlaneFit) -> PlaneFit | IntegerFit:
-    """The method that stores a layer so; `planes` with its patterns, or integers of its damping."""
+    """The method that stores a layer so: `planes` with these patterns, or integers fitted alike."""
     if isinstance(entry, int):
-        return IntegerFit(entry, planes.damping)
+        return IntegerFit(entry, planes.damping, planes.rotation)
     return replace(planes, patterns=entry)
 
 

@@ -4,11 +4,13 @@
 16 bytes and its scale; byte i holds the codes of columns i (low) and 16 + i (high), 0…15 for −7.5…7.5.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
+
+from pbsp.binarization.rotation import unrotate
 
 WIDTHS = (8, 4)
 GROUP = 32  # columns that share a scale in 4 bit
@@ -83,23 +85,25 @@ class QuantizedRows:
     Attributes:
         packed: see the module.
         bits: 8 or 4.
+        rotation: of the basis that they are in, see `binarization.rotation`; 1: none.
     """
 
     packed: UInt8[Tensor, "out bytes"]
     bits: int
+    rotation: int = 1
 
     def dense(self) -> Float[Tensor, "out in"]:
-        """The float32 matrix that the bytes stand for."""
-        return dequantize_rows(self.packed, self.bits)
+        """The float32 matrix that the bytes stand for, in the basis of the layer's own inputs."""
+        return unrotate(dequantize_rows(self.packed, self.bits), self.rotation)
 
     def split(self, rows: list[int]) -> list["QuantizedRows"]:
         """Consecutive runs of rows; copies, so that the whole can be freed."""
-        return [QuantizedRows(part.clone(), self.bits) for part in self.packed.split(rows)]
+        return [replace(self, packed=part.clone()) for part in self.packed.split(rows)]
 
     @staticmethod
     def join(parts: list["QuantizedRows"]) -> "QuantizedRows":
         """The rows of `parts`, of equal width and bits, one below the other."""
-        return QuantizedRows(torch.cat([part.packed for part in parts]), parts[0].bits)
+        return replace(parts[0], packed=torch.cat([part.packed for part in parts]))
 
     @property
     def columns(self) -> int:

@@ -8,6 +8,9 @@ import torch
 from jaxtyping import Integer
 from torch import Tensor
 
+from pbsp.binarization.rotation import SIZES
+from pbsp.errors import FormatError
+
 CODES = "weight"
 """The packed tensor that has the name of a linear's weight; the others' names begin with it."""
 
@@ -23,6 +26,17 @@ class TensorSpec(NamedTuple):
     def bits(self) -> int:
         """Size of the tensor's data."""
         return math.prod(self.shape) * self.dtype.itemsize * 8
+
+
+def check_rotated(in_features: int, rotation: int) -> None:
+    """Raise FormatError unless rows can be rotated by Hadamard matrices of this size; 1: they are not."""
+    if rotation not in SIZES or in_features % rotation:
+        raise FormatError(f"rows of {in_features} weights have no rotation of size {rotation}")
+
+
+def rotated(rotation: int) -> str:
+    """The end of a layout's line in `checkpoint.packed_digest`."""
+    return "" if rotation == 1 else f" {rotation}"
 
 
 def stored_bits(tensors: Iterable[Tensor]) -> int:

@@ -9,11 +9,10 @@ from jaxtyping import Float, Int8, UInt8
 from torch import Tensor
 
 from pbsp.binarization.planes import Planes, block_count, expand_scales
-from pbsp.binarization.rotation import SIZES
 from pbsp.binarization.scales import decode_scales, encode_scales, scale_offsets
 from pbsp.errors import FormatError
 from pbsp.pruning.pattern import Pattern, format_patterns
-from pbsp.storage.bits import CODES, TensorSpec
+from pbsp.storage.bits import CODES, TensorSpec, check_rotated, rotated
 from pbsp.storage.packing import check_codes, pack_signs, row_bytes, unpack_signs
 
 SCALES = "weight_scale"
@@ -44,13 +43,11 @@ class PlanesForm:
     def __post_init__(self) -> None:
         for pattern in self.patterns:
             pattern.check(self.in_features)
-        if self.rotation not in SIZES or self.in_features % self.rotation:
-            raise FormatError(f"rows of {self.in_features} weights have no rotation of size {self.rotation}")
+        check_rotated(self.in_features, self.rotation)
 
     def __str__(self) -> str:
         sizes = f"{self.out_features}x{self.in_features}/{self.scale_block}"
-        rotated = "" if self.rotation == 1 else f" {self.rotation}"
-        return f"{self.layout} {format_patterns(self.patterns)} {sizes}{rotated}"
+        return f"{self.layout} {format_patterns(self.patterns)} {sizes}{rotated(self.rotation)}"
 
     @property
     def plane_bytes(self) -> list[int]:

@@ -18,7 +18,7 @@ from pbsp.quantization.rows import (
     row_scales,
     width_for,
 )
-from pbsp.storage.bits import CODES, TensorSpec
+from pbsp.storage.bits import CODES, TensorSpec, check_rotated, rotated
 
 
 def has_form(in_features: int, bits: int) -> bool:
@@ -32,6 +32,7 @@ class RowsForm:
 
     Attributes:
         bits: of a weight, 4 or 8.
+        rotation: see `QuantizedRows`.
 
     Raises:
         FormatError: rows of so many weights have no form of so many bits.
@@ -41,13 +42,15 @@ class RowsForm:
     bits: int
     in_features: int
     out_features: int
+    rotation: int = 1
 
     def __post_init__(self) -> None:
         if not has_form(self.in_features, self.bits):
             raise FormatError(f"rows of {self.in_features} weights have no {self.bits}-bit form")
+        check_rotated(self.in_features, self.rotation)
 
     def __str__(self) -> str:
-        return f"{self.layout} {self.bits} {self.out_features}x{self.in_features}"
+        return f"{self.layout} {self.bits} {self.out_features}x{self.in_features}{rotated(self.rotation)}"
 
     @property
     def label(self) -> str:
@@ -85,11 +88,11 @@ class PackedRows:
 
     def unpack(self) -> QuantizedRows:
         """The representation that was packed."""
-        return QuantizedRows(self.codes, self.form.bits)
+        return QuantizedRows(self.codes, self.form.bits, self.form.rotation)
 
     @torch.no_grad()
     def decode(self) -> Float[Tensor, "out in"]:
-        """All rows in float32."""
+        """All rows in float32, in their own basis."""
         return dequantize_rows(self.codes, self.form.bits)
 
     def check(self) -> None:
@@ -101,4 +104,4 @@ class PackedRows:
 
 def pack_rows(rows: QuantizedRows) -> PackedRows:
     """The stored form of `rows`; `unpack` gives it back."""
-    return PackedRows(RowsForm(rows.bits, rows.columns, len(rows.packed)), rows.packed)
+    return PackedRows(RowsForm(rows.bits, rows.columns, len(rows.packed), rows.rotation), rows.packed)
