@@ -34,12 +34,12 @@ def test_a_plan_survives_the_file(blocks, written, tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", r"must have one table, \[planes\]"),
-        ("[planes]\n", r"must have one table, \[planes\]"),
-        ("other = 1\n[planes]\na = '1:8'", r"must have one table"),
-        ("[planes]\na = 3", "plan: a: '3' is not a pattern"),
-        ("[planes]\na = '9:8'", "plan: a: pattern 9:8 keeps 9 of 8"),
-        ("[planes]\na = '5 bit'", 'plan: a: .* or "4 bit", "8 bit" or "16 bit"'),
+        ("", r"must have one table, \[layers\]"),
+        ("[layers]\n", r"must have one table, \[layers\]"),
+        ("other = 1\n[layers]\na = '1:8'", r"must have one table"),
+        ("[layers]\na = 3", "plan: a: '3' is not a pattern"),
+        ("[layers]\na = '9:8'", "plan: a: pattern 9:8 keeps 9 of 8"),
+        ("[layers]\na = '5 bit'", 'plan: a: .* or "4 bit", "8 bit" or "16 bit"'),
         ("[planes\n", "cannot be read as a plan"),
     ],
 )

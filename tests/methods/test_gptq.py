@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from oracles import gptq_by_reinversion
+from pbsp.binarization.rotation import rotate, rotate_moment, rotation_for, unrotate
 from pbsp.errors import CalibrationError, ConfigError
 from pbsp.methods.gptq import Gptq
 from pbsp.quantization.ranges import searched_ranges
@@ -39,6 +40,17 @@ def test_sweep_without_search_equals_reinversion(bits):
     found = Gptq(bits, 16, damping=0.1, search=False).compress(weight, moment)
     expected = gptq_by_reinversion(weight, damped(moment, 0.1), bits, 16, search=False)
     torch.testing.assert_close(found.dense().double(), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("columns", [96, 30])
+def test_rotated_it_is_the_same_fit_in_the_other_basis(columns):
+    weight, moment = problem(columns=columns)
+    size = rotation_for(columns, 64)
+    found = Gptq(3, 32, rotation=64).compress(weight, moment)
+    assert found.rotation == size
+    turned = rotate_moment(moment.clone(), size)
+    plain = Gptq(3, 32).compress(rotate(weight, size), turned)
+    torch.testing.assert_close(found.dense(), unrotate(plain.dense(), size), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])

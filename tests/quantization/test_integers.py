@@ -6,7 +6,7 @@ from pbsp.quantization.integers import IntegerGroups
 from pbsp.quantization.ranges import full_ranges, searched_ranges
 
 
-def random_integers(rows, columns, *, width=3, block=128, seed=0):
+def random_integers(rows, columns, *, width=3, block=128, rotation=1, seed=0):
     generator = torch.Generator().manual_seed(seed)
     groups = -(-columns // block)
     return IntegerGroups(
@@ -15,11 +15,13 @@ def random_integers(rows, columns, *, width=3, block=128, seed=0):
         zeros=torch.randint(0, 2**width, (rows, groups), generator=generator).to(torch.uint8),
         width=width,
         block=block,
+        rotation=rotation,
     )
 
 
-def test_split_and_join_are_inverse_and_copy():
-    integers = random_integers(6, 40, block=16)
+@pytest.mark.parametrize("rotation", [1, 4])
+def test_split_and_join_are_inverse_and_copy(rotation):
+    integers = random_integers(6, 40, block=16, rotation=rotation)
     parts = integers.split([1, 3, 2])
     assert [len(part.codes) for part in parts] == [1, 3, 2]
     assert torch.equal(parts[1].dense(), integers.dense()[1:4])

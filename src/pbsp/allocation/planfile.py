@@ -12,7 +12,7 @@ from pbsp.models.blocks import Block, linear_weight
 
 PLAN_FILE = "plan.toml"
 KEPT = "16 bit"
-_TABLE = "planes"
+_TABLE = "layers"
 _HEADER = f"""\
 # Every linear layer: planes, N:M or several joined by +, as "4:8+2:8"; "4 bit" or "8 bit" for integers;
 # "{KEPT}" leaves it as it is.
@@ -20,20 +20,20 @@ _HEADER = f"""\
 """
 
 
-def plan_text(planes: Mapping[str, str]) -> str:
-    """The file's content; `planes` as `read_plan` gives it."""
-    lines = [f"{json.dumps(name)} = {json.dumps(written)}" for name, written in planes.items()]
+def plan_text(layers: Mapping[str, str]) -> str:
+    """The file's content; `layers` as `read_plan` gives them."""
+    lines = [f"{json.dumps(name)} = {json.dumps(written)}" for name, written in layers.items()]
     return f"{_HEADER}\n[{_TABLE}]\n" + "\n".join(lines) + "\n"
 
 
 def written_plan(plan: Plan) -> dict[str, str]:
-    """Linear layer → its planes as they are written, in the plan's order."""
+    """Linear layer → how it is stored, as the file says it, in the plan's order."""
     chosen = {name: format_entry(entry) for name, entry in plan.entries.items()}
     return {**chosen, **dict.fromkeys(plan.left_uncompressed, KEPT)}
 
 
 def read_plan(path: Path) -> dict[str, str]:
-    """Linear layer → its planes as they are written.
+    """Linear layer → how it is stored, as the file says it.
 
     Raises:
         ConfigError: the file cannot be read or holds something else; it says where.
@@ -44,16 +44,16 @@ def read_plan(path: Path) -> dict[str, str]:
         raise ConfigError(f"{path} does not exist; --plan takes a compressed model's {PLAN_FILE}") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{path} cannot be read as a plan: {error}") from None
-    planes = values.get(_TABLE)
-    if set(values) != {_TABLE} or not isinstance(planes, dict) or not planes:
+    layers = values.get(_TABLE)
+    if set(values) != {_TABLE} or not isinstance(layers, dict) or not layers:
         raise ConfigError(f"{path} is not a plan: it must have one table, [{_TABLE}], with a line a layer")
-    check_written(planes)
-    return planes
+    check_written(layers)
+    return layers
 
 
-def check_written(planes: Mapping[str, object]) -> None:
-    """Raise ConfigError, naming the layer, unless every value is planes or KEPT."""
-    for name, written in planes.items():
+def check_written(layers: Mapping[str, object]) -> None:
+    """Raise ConfigError, naming the layer, unless every value is planes, integers or KEPT."""
+    for name, written in layers.items():
         if written == KEPT:
             continue
         try:
@@ -62,28 +62,28 @@ def check_written(planes: Mapping[str, object]) -> None:
             raise ConfigError(f'plan: {name}: {error}; or "4 bit", "8 bit" or "{KEPT}"') from None
 
 
-def plan_of(blocks: list[Block], planes: Mapping[str, str]) -> Plan:
+def plan_of(blocks: list[Block], layers: Mapping[str, str]) -> Plan:
     """The plan that the file describes, for this model.
 
     Raises:
         ConfigError: it names a layer that the model lacks, lacks one that it has, or gives two with one
-            weight tensor different planes.
-        PatternError: planes do not tile a layer's rows, or no layer has planes.
+            weight tensor different ones.
+        PatternError: a layer's rows cannot be stored so, or none is compressed.
     """
     modules = {name: module for block in blocks for name, module in block.linears().items()}
-    for name in planes:
+    for name in layers:
         if name not in modules:
             raise ConfigError(f"plan: the model has no linear layer {name} in its decoder blocks")
     entries: dict[str, Entry] = {}
     left, same_as = {}, {}
     first_name: dict[int, str] = {}
     for name, module in modules.items():
-        if name not in planes:
-            raise ConfigError(f'plan: {name} is not in it; give its planes, or "{KEPT}"')
-        if planes[name] == KEPT:
+        if name not in layers:
+            raise ConfigError(f'plan: {name} is not in it; give its planes or integers, or "{KEPT}"')
+        if layers[name] == KEPT:
             left[name] = "kept by the plan"
             continue
-        entries[name] = parse_entry(planes[name])
+        entries[name] = parse_entry(layers[name])
         try:
             check_entry(entries[name], linear_weight(module).shape[1])
         except PatternError as error:
@@ -92,7 +92,7 @@ def plan_of(blocks: list[Block], planes: Mapping[str, str]) -> Plan:
         if first != name:
             same_as[name] = first
             if entries[name] != entries[first]:
-                raise ConfigError(f"plan: {first} and {name} share one weight; give both the same planes")
+                raise ConfigError(f"plan: {first} and {name} share one weight; give both the same")
     if not entries:
         raise PatternError("plan: it leaves every layer as it is; nothing would be compressed")
     return Plan(entries, left, same_as)

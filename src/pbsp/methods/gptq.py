@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from pbsp.binarization.rotation import check_rotation, rotate, rotate_moment, rotation_for
 from pbsp.errors import ConfigError
 from pbsp.methods.rounding import rounded_groups
 from pbsp.quantization.integers import IntegerGroups
@@ -24,6 +25,7 @@ class Gptq:
         block: columns of a row that share a scale and a zero point.
         damping: ridge added to the moment, as a fraction of its mean diagonal.
         search: look for a range narrower than min/max, see `quantization.ranges`.
+        rotation: as in `PlaneFit`; 1, none, as published. QuaRot (arXiv 2404.00456) rotates, then uses GPTQ.
 
     Raises:
         ConfigError: a field is out of range.
@@ -37,6 +39,7 @@ class Gptq:
     block: int = 128
     damping: float = 0.01
     search: bool = True
+    rotation: int = 1
 
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= 8:
@@ -45,6 +48,7 @@ class Gptq:
             raise ConfigError(f"block is {self.block}; at least 1 column must share a scale")
         if not 0 <= self.damping <= 10:
             raise ConfigError(f"damping is {self.damping}; it must be between 0 and 10 (0.01 is usual)")
+        check_rotation(self.rotation)
 
     def compress(self, weight: Float[Tensor, "out in"], moment: Float[Tensor, "in in"]) -> IntegerGroups:
         """Integers that lower tr(R S Rᵀ), R = W − Q, for the moment S of the layer's inputs.
@@ -52,7 +56,9 @@ class Gptq:
         Raises:
             CalibrationError: the moment is not finite or, damped, not positive definite.
         """
-        factor = inverse_factor(damped(moment, self.damping)).to(weight.dtype)
+        rotation = rotation_for(weight.shape[1], self.rotation)
+        weight = rotate(weight, rotation)
+        factor = inverse_factor(rotate_moment(damped(moment, self.damping), rotation)).to(weight.dtype)
         find = partial(searched_ranges if self.search else full_ranges, width=self.bits)
         codes, found = rounded_groups(weight, factor, find, block=self.block)
         return IntegerGroups(
@@ -61,4 +67,5 @@ class Gptq:
             zeros=torch.stack([ranges.zeros for ranges in found], 1).to(torch.uint8),
             width=self.bits,
             block=self.block,
+            rotation=rotation,
         )

@@ -1,12 +1,13 @@
 """A matrix of small integers, Q = scale · (code − zero) with one pair per row and group of columns."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from pbsp.binarization.planes import expand_scales
+from pbsp.binarization.rotation import unrotate
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class IntegerGroups:
         zeros: the code that stands for 0, 0 to 2^width − 1.
         width: bits of a code and of a zero point.
         block: columns that share a scale and a zero point; the last group of a row may be shorter.
+        rotation: of the basis that they are in, see `binarization.rotation`; 1: none.
 
     Source: GPTQ (arXiv 2210.17323) as it is stored: at 128 columns 0.125 bits a weight for scales and
     width / 128 for zero points on top of the width.
@@ -29,30 +31,31 @@ class IntegerGroups:
     zeros: UInt8[Tensor, "out groups"]
     width: int
     block: int
+    rotation: int = 1
 
     def dense(self) -> Float[Tensor, "out in"]:
-        """The float32 matrix that the integers stand for; exact, and so the same in any order."""
+        """The float32 matrix that the integers stand for, in the basis of the layer's own inputs."""
         columns = self.codes.shape[1]
         scales = expand_scales(self.scales, self.block, columns)
-        return scales * (self.codes.float() - expand_scales(self.zeros.float(), self.block, columns))
+        rotated = scales * (self.codes.float() - expand_scales(self.zeros.float(), self.block, columns))
+        return unrotate(rotated, self.rotation)
 
     def split(self, rows: list[int]) -> list["IntegerGroups"]:
         """The integers of consecutive runs of rows; copies, so that the whole can be freed."""
         parts = (tensor.split(rows) for tensor in (self.codes, self.scales, self.zeros))
         return [
-            IntegerGroups(codes.clone(), scales.clone(), zeros.clone(), self.width, self.block)
+            replace(self, codes=codes.clone(), scales=scales.clone(), zeros=zeros.clone())
             for codes, scales, zeros in zip(*parts, strict=True)
         ]
 
     @staticmethod
     def join(parts: list["IntegerGroups"]) -> "IntegerGroups":
         """The rows of `parts`, of equal width and group size, one below the other."""
-        return IntegerGroups(
+        return replace(
+            parts[0],
             codes=torch.cat([part.codes for part in parts]),
             scales=torch.cat([part.scales for part in parts]),
             zeros=torch.cat([part.zeros for part in parts]),
-            width=parts[0].width,
-            block=parts[0].block,
         )
 
     @property
