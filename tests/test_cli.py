@@ -9,8 +9,9 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-import pbsp.commands
-import pbsp.commands_evaluate
+import pbsp.commands.compress
+import pbsp.commands.evaluate
+import pbsp.commands.generate
 from fresh import PBSP
 from pbsp.cli import main
 from tiny import CONFIGS, tiny_model, tiny_tokenizer
@@ -332,7 +333,7 @@ def test_module_reports_a_fault_in_one_line_and_code_2(tmp_path, fresh):
 def test_a_wrong_request_is_refused_before_the_model_loads(
     capsys, tmp_path, source, monkeypatch, options, message
 ):
-    monkeypatch.setattr(pbsp.commands, "load_model", never_loads)
+    monkeypatch.setattr(pbsp.commands.compress, "load_model", never_loads)
     assert message in fails(capsys, "compress", source, "-o", tmp_path / "out", *SELF, *options)
     assert list(tmp_path.iterdir()) == []
 
@@ -352,7 +353,7 @@ def test_a_wrong_request_is_refused_before_the_model_loads(
 def test_a_wrong_config_file_is_refused_before_the_model_loads(
     capsys, tmp_path, source, monkeypatch, line, message
 ):
-    monkeypatch.setattr(pbsp.commands, "load_model", never_loads)
+    monkeypatch.setattr(pbsp.commands.compress, "load_model", never_loads)
     (tmp_path / "config.toml").write_text(line)
     options = ["--config", tmp_path / "config.toml"]
     assert message in fails(capsys, "compress", source, "-o", tmp_path / "out", *SELF, *options)
@@ -365,7 +366,7 @@ def test_a_wrong_config_file_is_refused_before_the_model_loads(
 def test_a_text_that_is_none_is_refused_before_the_model_loads(
     capsys, tmp_path, source, monkeypatch, content, message
 ):
-    monkeypatch.setattr(pbsp.commands, "load_model", never_loads)
+    monkeypatch.setattr(pbsp.commands.compress, "load_model", never_loads)
     (tmp_path / "text.txt").write_bytes(content)
     text = str(tmp_path / "text.txt")
     arguments = ("compress", source, "-o", tmp_path / "out", "--calibration", text, *SAMPLES)
@@ -394,7 +395,7 @@ def test_a_text_that_is_none_is_refused_before_the_model_loads(
 def test_other_wrong_requests_are_refused_before_the_model_loads(
     capsys, source, monkeypatch, arguments, message
 ):
-    for module in (pbsp.commands, pbsp.commands_evaluate):
+    for module in (pbsp.commands.evaluate, pbsp.commands.generate):
         monkeypatch.setattr(module, "load_model", never_loads)
     command, *rest = arguments
     assert message in fails(capsys, command, source, *rest)
@@ -461,7 +462,7 @@ def test_strict_refuses_a_layer_that_does_not_tile(capsys, tmp_path):
 
 
 def test_overwrite_removes_nothing_but_models(capsys, tmp_path, monkeypatch, source, compressed):
-    monkeypatch.setattr(pbsp.commands, "load_model", never_loads)
+    monkeypatch.setattr(pbsp.commands.compress, "load_model", never_loads)
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "dear").write_text("kept")
     copy_of(compressed, tmp_path / "real")
@@ -524,7 +525,7 @@ def test_ctrl_c_leaves_nothing_and_exits_with_130(capsys, tmp_path, monkeypatch,
     def interrupt(*arguments, **settings):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pbsp.commands, stage, interrupt)
+    monkeypatch.setattr(pbsp.commands.compress, stage, interrupt)
     code, output, errors = run(capsys, "compress", source, "-o", tmp_path / "out", *SELF)
     assert (code, output) == (130, "")
     assert errors == "pbsp: interrupted; no half-written output is left\n"

@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM
 
 import pbsp
 from pbsp.calibration.windows import Windows
+from pbsp.commands.tables import layer_table, summary_table
 from pbsp.errors import FormatError, ModelError
 from pbsp.inspection import inspect_folder
-from pbsp.tables import layer_table, summary_table
 from tiny import CONFIGS, tiny_model, tiny_tokenizer, tiny_tokens
 
 

@@ -119,7 +119,7 @@ def compress(
     json: Json = False,
 ) -> None:
     """Compress MODEL and write it to a folder that transformers loads."""
-    from pbsp.commands import run_compress
+    from pbsp.commands.compress import run_compress
 
     settings = {
         "bits": bits,
@@ -177,7 +177,7 @@ def evaluate(
     json: Json = False,
 ) -> None:
     """Perplexity of MODEL, its accuracy on tasks and, against the original, how far it has moved from it."""
-    from pbsp.commands_evaluate import run_evaluate
+    from pbsp.commands.evaluate import run_evaluate
 
     run_evaluate(
         model,
@@ -221,7 +221,7 @@ def compare(
     json: Json = False,
 ) -> None:
     """Compress MODEL by several methods and evaluate each; stopped, the same command goes on."""
-    from pbsp.commands_compare import EvaluationTexts, run_compare
+    from pbsp.commands.compare import EvaluationTexts, run_compare
 
     chosen = {"calibration": calibration, "samples": samples, "context": context, "seed": seed}
     run_compare(
@@ -259,7 +259,7 @@ def recover(
     json: Json = False,
 ) -> None:
     """Tune a compressed model until its predictions are near the original's; it stays as small."""
-    from pbsp.commands_recover import run_recover
+    from pbsp.commands.recover import run_recover
     from pbsp.recovery.tunable import Tuning
 
     text = {"calibration": calibration, "samples": samples, "context": context, "seed": seed}
@@ -281,7 +281,7 @@ def inspect(
     folder: Annotated[str, typer.Argument(help="A folder written by `pbsp compress`.")], json: Json = False
 ) -> None:
     """What a compressed model stores, counted from its files."""
-    from pbsp.commands import run_inspect
+    from pbsp.commands.inspect import run_inspect
 
     run_inspect(folder, json=json)
 
@@ -300,7 +300,7 @@ def generate(
     json: Json = False,
 ) -> None:
     """Answer a prompt."""
-    from pbsp.commands import run_generate
+    from pbsp.commands.generate import run_generate
 
     run_generate(
         model,
@@ -328,7 +328,7 @@ def bench(
     json: Json = False,
 ) -> None:
     """How fast MODEL reads a prompt and writes, its memory, and how near it comes to memory's speed."""
-    from pbsp.commands_bench import run_bench
+    from pbsp.commands.bench import run_bench
 
     run_bench(
         model,

@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-import pbsp.commands_compare
+import pbsp.commands.compare
 from pbsp.cli import main
 from tiny import tiny_model, tiny_tokenizer
 
@@ -105,7 +105,7 @@ def test_without_matplotlib_one_line_says_so(capsys, work, tmp_path, monkeypatch
 def test_a_wrong_request_is_refused_before_the_model_loads(
     capsys, work, tmp_path, monkeypatch, methods, options, message
 ):
-    monkeypatch.setattr(pbsp.commands_compare, "load_model", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr(pbsp.commands.compare, "load_model", lambda *_, **__: pytest.fail("loaded"))
     code, output, errors = run(capsys, work, tmp_path / "out", methods, *options)
     assert (code, output, errors.count("\n")) == (2, "", 1)
     assert message in errors

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from pbsp.commands.console import print_json, print_tables
 from pbsp.compiled import activations, kernel_of
-from pbsp.console import print_json, print_tables
 from pbsp.evaluation.speed import Speed, check_sizes, measure_speed
 from pbsp.kernels.bandwidth import read_bandwidth
 from pbsp.models.load import load_model

@@ -6,7 +6,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from pbsp.calibration.corpus import SELF, Corpus, check_text, evaluation_windows
-from pbsp.console import bars, print_json, print_tables
+from pbsp.commands.console import bars, print_json, print_tables
 from pbsp.errors import ConfigError
 from pbsp.evaluation.perplexity import evaluate
 from pbsp.evaluation.report import evaluation_table, tasks_table

@@ -7,8 +7,10 @@ from typing import Any
 import torch
 
 from pbsp.calibration.corpus import check_text
-from pbsp.commands import calibrated_on, calibration_corpus, check_folders, unfinished_of
-from pbsp.console import bars, print_json, print_tables
+from pbsp.commands.calibration import calibrated_on, calibration_corpus
+from pbsp.commands.console import bars, print_json, print_tables
+from pbsp.commands.folders import check_folders, unfinished_of
+from pbsp.commands.tables import summary_table
 from pbsp.errors import FormatError
 from pbsp.inspection import inspect_folder, recorded_report
 from pbsp.models.load import load_model
@@ -16,7 +18,6 @@ from pbsp.recover import recover
 from pbsp.recovery.tunable import Tuning
 from pbsp.report import CompressionReport
 from pbsp.save import save_compressed
-from pbsp.tables import summary_table
 from pbsp.unfinished import Unfinished
 
 

@@ -11,14 +11,14 @@ from rich.progress import TaskID
 
 from pbsp.calibration.corpus import Corpus, check_text, evaluation_windows
 from pbsp.calibration.windows import Windows
-from pbsp.commands import calibration_corpus
+from pbsp.commands.calibration import calibration_corpus
+from pbsp.commands.console import bars, new_bars, print_json, print_tables
 from pbsp.comparison.folder import ComparisonFolder
 from pbsp.comparison.plots import write_plots
 from pbsp.comparison.result import Comparison, RowResult
 from pbsp.comparison.rows import parse_rows
 from pbsp.comparison.run import Step, compare
 from pbsp.comparison.table import comparison_table, to_json
-from pbsp.console import bars, new_bars, print_json, print_tables
 from pbsp.errors import PbspError
 from pbsp.models.load import LoadedModel, load_model
 

@@ -1,4 +1,4 @@
-"""What the subcommands do after parsing: load, call the library once, print a table or JSON."""
+"""What `pbsp compress` does after parsing: load the model, compress it, save it, say what became of it."""
 
 import dataclasses
 import time
@@ -7,23 +7,24 @@ from pathlib import Path
 from typing import Any
 
 from pbsp.allocation.planfile import plan_text, read_plan
-from pbsp.calibration.corpus import SELF, Corpus, check_text
+from pbsp.calibration.corpus import Corpus, check_text
+from pbsp.commands.calibration import calibrated_on, calibration_corpus
+from pbsp.commands.console import bars, parse_size, print_json, print_tables
+from pbsp.commands.folders import check_folders, unfinished_of
+from pbsp.commands.inspect import print_left
+from pbsp.commands.tables import preview_table, summary_table
 from pbsp.compress import check_ranks, compress
 from pbsp.config import Config, read_config_file, with_settings
-from pbsp.console import bars, parse_size, print_json, print_tables
 from pbsp.distributed import device_of_rank, joined
-from pbsp.errors import ConfigError, OutputError
-from pbsp.generation import check_request, generate
+from pbsp.errors import ConfigError
 from pbsp.inspection import Inspection, inspect_folder
 from pbsp.methods.table import packs
-from pbsp.models.gguf import BUILTIN
 from pbsp.models.load import LoadedModel, load_model
 from pbsp.models.memory import check_memory
 from pbsp.preview import preview
 from pbsp.report import CompressionReport
 from pbsp.resources import peak_rss_bytes
-from pbsp.save import check_target, save_compressed
-from pbsp.tables import bytes_table, layer_table, preview_table, summary_table
+from pbsp.save import save_compressed
 from pbsp.unfinished import Unfinished
 
 
@@ -105,38 +106,19 @@ def run_compress(
     _print_compressed(report, inspect_folder(Path(output)), output, json=json)
 
 
-def check_folders(
-    source: str, output: str | None, *, overwrite: bool, resume: bool, work: str = "compression"
-) -> None:
-    """Refuse an output folder that cannot be written, or an unfinished run that --resume does not go with."""
-    if output is None:
-        raise ConfigError("Missing option '--output': name a folder to write, or see --dry-run")
-    check_target(Path(output), source=source, overwrite=overwrite)
-    kept = unfinished_of(output)
-    if kept.exists() and not resume:
-        raise OutputError(f"{kept} holds an unfinished {work}; go on with --resume, or delete it")
-    if resume and not kept.exists():
-        raise OutputError(f"there is nothing to resume: {kept} does not exist")
-
-
 def _print_compressed(report: CompressionReport, found: Inspection, output: str, *, json: bool) -> None:
     if json:
         print_json({**report.to_dict(), **found.to_dict(), "seconds": report.seconds})
         return
     print_tables(summary_table(found))
     print(calibrated_on(report.calibration))
-    _print_left(found)
+    print_left(found)
     for name, reason in report.uncalibrated.items():
         print(f"without a calibration of its own: {name}: {reason}")
     print(_per_block(report))
     spent = ", ".join(f"{stage} {value:.1f} s" for stage, value in report.seconds.items() if value >= 0.05)
     several = f" of the first of {report.processes} processes" if report.processes > 1 else ""
     print(f"{spent}; peak memory{several} {report.peak_rss_bytes / 1e9:.2f} GB; written to {output}")
-
-
-def unfinished_of(output: str) -> Path:
-    """Where a run that writes to `output` keeps what it has finished."""
-    return Path(f"{output.rstrip('/')}.unfinished")
 
 
 def _dry_run(loaded: LoadedModel, config: Config, corpus: Corpus, *, json: bool) -> None:
@@ -150,73 +132,9 @@ def _dry_run(loaded: LoadedModel, config: Config, corpus: Corpus, *, json: bool)
     print(plan_text(estimate.planes), end="")
 
 
-def run_inspect(folder: str, *, json: bool) -> None:
-    """`pbsp inspect`."""
-    found = inspect_folder(Path(folder))
-    if json:
-        print_json(found.to_dict())
-        return
-    print_tables(layer_table(found.layers))
-    _print_left(found)
-    print_tables(bytes_table(found), summary_table(found))
-
-
-def run_generate(
-    source: str,
-    prompt: str,
-    *,
-    raw: bool,
-    max_tokens: int,
-    temperature: float,
-    seed: int,
-    device: str,
-    json: bool,
-) -> None:
-    """`pbsp generate`."""
-    check_request(max_tokens=max_tokens, temperature=temperature, seed=seed)
-    loaded = load_model(source, device=device)
-    answer = generate(
-        loaded.model,
-        loaded.tokenizer,
-        prompt,
-        raw=raw,
-        max_tokens=max_tokens,
-        temperature=temperature,
-        seed=seed,
-    )
-    if json:
-        print_json({"model": source, "prompt": prompt, **dataclasses.asdict(answer)})
-    else:
-        print(answer.text)
-
-
-def calibration_corpus(source: str, text: dict[str, Any]) -> Corpus:
-    """The calibration text; what was not given depends on whether the model is the small built-in one."""
-    small = source == BUILTIN
-    defaults = {
-        "calibration": SELF if small else "c4",
-        "samples": 32 if small else 128,
-        "context": 512 if small else 2048,
-    }
-    values = {**defaults, **text}
-    return Corpus(values.pop("calibration"), **values)
-
-
-def calibrated_on(calibration: dict[str, Any]) -> str:
-    """A line that says what text was used."""
-    extent = f"{calibration['windows']} windows of {calibration['context']} tokens"
-    note = f" ({calibration['note']})" if calibration["note"] else ""
-    return f"calibrated on {calibration['text']}: {extent}{note}, seed {calibration['seed']}"
-
-
 def _per_block(report: CompressionReport) -> str:
     """How long the blocks took, and how the model was held."""
     seconds = [block.seconds for block in report.blocks]
     held = "read block by block" if report.memory == "blocks" else "in memory as a whole"
     mean = sum(seconds) / len(seconds)
     return f"{len(seconds)} blocks, {mean:.1f} s each and {max(seconds):.1f} s at most; model {held}"
-
-
-def _print_left(found: Inspection) -> None:
-    for name, reason in found.left_uncompressed.items():
-        print(f"left uncompressed: {name}: {reason}")

@@ -1,0 +1,1 @@
+"""What the subcommands do after parsing: load, call the library once, print a table or JSON."""
