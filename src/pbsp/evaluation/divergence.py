@@ -1,7 +1,5 @@
 """How far one model's predictions are from another's: maths on logits, in memory that does not grow."""
 
-from collections.abc import Iterator
-
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
@@ -17,12 +15,9 @@ def token_losses(
     logits: Float[Tensor, "positions vocabulary"], targets: Int64[Tensor, "positions"]
 ) -> Float[Tensor, "positions"]:
     """Negative log-likelihood of each target in nats, float32 whatever the logits' type."""
-    return torch.cat(
-        [
-            F.cross_entropy(logits[part].float(), targets[part], reduction="none")
-            for part in _chunks(*logits.shape)
-        ]
-    )
+    rows = _rows_at_once(logits.shape[1])
+    parts = zip(logits.split(rows), targets.split(rows), strict=True)
+    return torch.cat([F.cross_entropy(part.float(), wanted, reduction="none") for part, wanted in parts])
 
 
 def token_divergence(
@@ -33,17 +28,16 @@ def token_divergence(
     In float32, whatever the logits' types; `original` may lie on another device.
     """
     divergences, agreements = [], []
-    for part in _chunks(*logits.shape):
-        reference = original[part].to(logits.device).float()
-        ours = logits[part].float()
+    rows = _rows_at_once(logits.shape[1])
+    # `split`, as each slice by itself would have a gradient as large as all logits
+    for reference, ours in zip(original.split(rows), logits.split(rows), strict=True):
+        reference, ours = reference.to(logits.device).float(), ours.float()
         agreements.append(reference.argmax(-1) == ours.argmax(-1))
         log_p, log_q = reference.log_softmax(-1), ours.log_softmax(-1)
         divergences.append(F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1))
     return torch.cat(divergences), torch.cat(agreements)
 
 
-def _chunks(positions: int, vocabulary: int) -> Iterator[slice]:
-    """Ranges of positions whose temporaries take at most CHUNK_BYTES."""
-    rows = max(1, CHUNK_BYTES // (_TEMPORARIES * 4 * vocabulary))
-    for first in range(0, positions, rows):
-        yield slice(first, first + rows)
+def _rows_at_once(vocabulary: int) -> int:
+    """Positions whose temporaries take at most CHUNK_BYTES."""
+    return max(1, CHUNK_BYTES // (_TEMPORARIES * 4 * vocabulary))
