@@ -1,4 +1,4 @@
-"""What recovery wins at each budget: nothing tuned, blocks, the whole model, and both.
+"""What recovery wins, of planes and of NanoQuant: nothing tuned, blocks, the whole model, and both.
 
 Runs `pbsp compress`, `recover`, `evaluate` and `generate` as a user would. Folders and results stay in
 OUT; what is there is not done again, and a step that was interrupted goes on. OUT/recovery.md is written
@@ -16,6 +16,12 @@ from typing import Any
 KINDS = {"none": "none", "block": "none", "model": "none", "both": "block"}
 """Kind → the one whose folder the whole model's tuning starts from, where it does."""
 
+SIZES = {
+    "planes": lambda bits: ["--bits", str(bits)],
+    "nanoquant": lambda bits: ["--method", "nanoquant", "--set", f"bits={bits}", "--embeddings", "8"],
+}
+"""Method → what `pbsp compress` is told of it."""
+
 
 class Recovery:
     """The points of one folder."""
@@ -24,15 +30,15 @@ class Recovery:
         self.options, self.folder = options, options.output
         self.folder.mkdir(parents=True, exist_ok=True)
 
-    def point(self, bits: float, kind: str) -> None:
+    def point(self, method: str, bits: float, kind: str) -> None:
         """Make a point's folder and measure it, unless that was done."""
-        result = self.folder / f"{bits}-{kind}.json"
+        made = self.folder / f"{method}-{bits}-{kind}"
+        result = Path(f"{made}.json")
         if result.is_file():
             return
-        made = self.folder / f"{bits}-{kind}"
         start = time.perf_counter()
         if not made.is_dir():
-            self.make(bits, kind, made)
+            self.make(method, bits, kind, made)
         found = {
             "seconds": time.perf_counter() - start,
             "texts": [self.evaluate(made, text) for text in self.options.texts],
@@ -41,17 +47,17 @@ class Recovery:
         result.write_text(json.dumps(found, indent=1), encoding="utf-8")
         self.write()
 
-    def make(self, bits: float, kind: str, made: Path) -> None:
+    def make(self, method: str, bits: float, kind: str, made: Path) -> None:
         """Compress, or tune what was compressed before."""
         options = self.options
         text = ["--calibration", options.calibration, "-o", str(made), "--device", options.device]
         text += ["--resume"] if Path(f"{made}.unfinished").is_dir() else []
         if kind in ("none", "block"):
             taken = ["--samples", str(options.samples), "--context", str(options.context)]
-            pbsp("compress", options.model, "--bits", str(bits), "--recover", kind, *text, *taken)
+            pbsp("compress", options.model, *SIZES[method](bits), "--recover", kind, *text, *taken)
         else:
             taken = ["--samples", str(options.tuned), "--context", str(options.tuned_context)]
-            source = self.folder / f"{bits}-{KINDS[kind]}"
+            source = self.folder / f"{method}-{bits}-{KINDS[kind]}"
             pbsp("recover", str(source), "--against", options.model, *text, *taken)
 
     def evaluate(self, made: Path, text: str) -> dict[str, Any]:
@@ -69,19 +75,24 @@ class Recovery:
     def write(self) -> None:
         """The table of all that is known."""
         texts = [Path(text).name for text in self.options.texts]
-        lines = [f"| bits | tuned | seconds | {' | '.join(f'{text}, KL' for text in texts)} |"]
-        lines.append("|---" * (3 + len(texts)) + "|")
-        for bits in self.options.bits:
-            for kind in KINDS:
-                file = self.folder / f"{bits}-{kind}.json"
-                if file.is_file():
-                    found = json.loads(file.read_text(encoding="utf-8"))
-                    scores = [
-                        f"{t['perplexity']:.1f} ± {t['stderr']:.1f}, {t['kl']:.3f}" for t in found["texts"]
-                    ]
-                    lines.append(f"| {bits} | {kind} | {found['seconds']:.0f} | {' | '.join(scores)} |")
-                    lines += [f"| | {prompt} | | {answer!r} |" for prompt, answer in found["answers"].items()]
+        lines = [f"| method | bits | tuned | seconds | {' | '.join(f'{text}, KL' for text in texts)} |"]
+        lines.append("|---" * (4 + len(texts)) + "|")
+        for method, bits, kind in points(self.options):
+            file = self.folder / f"{method}-{bits}-{kind}.json"
+            if file.is_file():
+                found = json.loads(file.read_text(encoding="utf-8"))
+                scores = [f"{t['perplexity']:.1f} ± {t['stderr']:.1f}, {t['kl']:.3f}" for t in found["texts"]]
+                lines.append(
+                    f"| {method} | {bits} | {kind} | {found['seconds']:.0f} | {' | '.join(scores)} |"
+                )
+                lines += [f"| | | {prompt} | | {answer!r} |" for prompt, answer in found["answers"].items()]
         (self.folder / "recovery.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def points(options: argparse.Namespace) -> list[tuple[str, float, str]]:
+    """Method, bits and kind of each."""
+    sizes = [("planes", bits) for bits in options.bits] + [("nanoquant", bits) for bits in options.nanoquant]
+    return [(method, bits, kind) for method, bits in sizes for kind in KINDS]
 
 
 def pbsp(*arguments: str) -> str:
@@ -98,7 +109,8 @@ def main() -> None:
     parser.add_argument("--calibration", required=True, help="to calibrate and tune on")
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--bits", nargs="+", type=float, default=[2.5, 1.5, 1.0])
+    parser.add_argument("--bits", nargs="*", type=float, default=[2.5, 1.5, 1.0])
+    parser.add_argument("--nanoquant", nargs="*", type=float, default=[1.0], metavar="BITS")
     parser.add_argument("--samples", type=int, default=32, help="calibration windows")
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--tuned", type=int, default=192, help="windows for the whole model")
@@ -108,9 +120,8 @@ def main() -> None:
     parser.add_argument("--prompts", nargs="+", default=["The city of Paris is known for"])
     options = parser.parse_args()
     recovery = Recovery(options)
-    for bits in options.bits:
-        for kind in KINDS:
-            recovery.point(bits, kind)
+    for point in points(options):
+        recovery.point(*point)
     recovery.write()
 
 

@@ -204,6 +204,9 @@ def _packed_tensors(draw):
         sizes["bits"] = draw(st.sampled_from([4, 8]))
         sizes["in_features"] *= draw(st.sampled_from([1, 32]))
         del sizes["scale_block"]
+    elif layout == "low-rank":
+        sizes["rank"] = draw(st.integers(1, 20))
+        del sizes["scale_block"]
     noise = draw(st.integers(0, 2**32 - 1))
     return layout, "+".join(patterns), sizes, noise, draw(st.booleans())
 
@@ -214,7 +217,7 @@ def packed(folder: Path) -> Target:
     def read(value):
         layout, patterns, sizes, noise, mostly_zero = value
         entry = {"layout": layout, **sizes, "bias": False, "sha256": "0" * 64}
-        if layout != "rows":
+        if layout in ("planes", "paper"):
             entry["patterns"] = patterns
         form = LayerEntry.from_dict("a", entry).form
         generator = torch.Generator().manual_seed(noise)

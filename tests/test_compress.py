@@ -241,7 +241,6 @@ def test_the_papers_allocation_gives_the_more_important_block_more_weights():
         "arb rounds=2",
         "stbllm 4:8 zeros=released",
         "rtn",
-        "nanoquant bits=4 iterations=9",
     ],
 )
 @torch.no_grad()

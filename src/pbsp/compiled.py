@@ -25,7 +25,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Of activations and results, by the library's numbers."""
 
 _ABI = 5
-_REFERENCE_ONLY = "paper"
+_REFERENCE_ONLY = ("paper", "low-rank")
 _PLACES = (
     Path(__file__).parent / "kernels" / "pbsp_cpu.so",  # installed
     Path(__file__).parent
@@ -99,8 +99,8 @@ def activations() -> str:
 
 
 def kernel_of(layout: str) -> str:
-    """The path of products on the CPU with matrices of that layout; layout `paper` has no compiled one."""
-    return REFERENCE if layout == _REFERENCE_ONLY else kernel_name()
+    """The path of products on the CPU with matrices of that layout; rivals' have no compiled one."""
+    return REFERENCE if layout in _REFERENCE_ONLY else kernel_name()
 
 
 def loaded() -> bool:

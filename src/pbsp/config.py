@@ -16,6 +16,7 @@ from pbsp.methods.table import METHODS, Method, build_method, option_types, patt
 from pbsp.pruning.pattern import Pattern, parse_patterns
 
 AUTO = "auto"
+_TUNED = ("planes", "nanoquant")
 _CHOICES = {
     "method": tuple(METHODS),
     "weighting": (AUTO, *get_args(Weighting)),
@@ -53,7 +54,7 @@ class Config:
         recover: what is tuned, codes, scales, norms and biases: "block", every block once it is compressed,
             until its output is near the original block's; "model", the whole model at the end, until its
             predictions are near the original's, for which the original stays in memory; "both"; or
-            "none". Only planes, and inputs "compressed".
+            "none". Only planes and `nanoquant`, and inputs "compressed".
         bits: stored bits per weight of all linear layers, at most; each gets the planes that are expected to
             cost the model least in sum. Only planes.
         file_size: the same for the bytes of the weight files.
@@ -90,8 +91,8 @@ class Config:
             raise ConfigError(f"spread is {self.spread}; at least 0 is needed")
         patterns = self.patterns  # builds the method, which checks its options
         self._check_budget()
-        if self.recover != "none" and (self.method != "planes" or self.inputs != "compressed"):
-            raise ConfigError("recover takes method planes and inputs compressed")
+        if self.recover != "none" and (self.method not in _TUNED or self.inputs != "compressed"):
+            raise ConfigError(f"recover takes method {' or '.join(_TUNED)}, and inputs compressed")
         if self.moment_weighting == "attention" and getattr(METHODS[self.method], "one_moment", False):
             raise ConfigError(
                 f"method {self.method} fits all rows of a layer together, and weighting attention gives the "

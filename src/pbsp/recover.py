@@ -40,7 +40,7 @@ def recover(
     Codes, scales, norms and biases change, not their sizes: `save_compressed` writes as many bytes as before.
 
     Args:
-        model: made by `compress`, loaded or not; its planes are tuned, other layouts stay as they are.
+        model: made by `compress`, loaded or not; see `tunable` for what is tuned.
         original: what it was made from, on the same device, in evaluation mode.
         report: of the compression; the layers' output errors are those of before.
         windows: calibration text; see `recover_model`.

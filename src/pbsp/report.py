@@ -18,7 +18,7 @@ class LayerReport:
     """One compressed linear layer.
 
     Attributes:
-        layout: how it is stored, "planes" or "paper"; "none" for values that no layout holds.
+        layout: how it is stored, a name in `storage.layouts.FORMS`; "none" for values that no layout holds.
         nominal_bits: sign bits per weight, as the paper counts; no masks, no scales.
         stored_bits: bits per weight of the layer's stored tensors, scales and padding included.
         output_error: tr(R S Rᵀ)/tr(W S Wᵀ) on the calibration moment S that the layer was solved with.

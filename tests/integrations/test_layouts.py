@@ -1,4 +1,4 @@
-"""Models with layers of layouts `paper` and `rows`, and of `paper` beside `planes`, in transformers."""
+"""Models with layers of other layouts than `planes`, and of `paper` beside `planes`, in transformers."""
 
 import json
 import shutil
@@ -16,6 +16,7 @@ from pbsp.packed_linear import PackedLinear
 from pbsp.report import LayerReport
 from pbsp.storage.checkpoint import packed_digest
 from random_grouped import alternating, random_grouped
+from random_low_rank import random_low_rank
 from random_planes import packed_model
 from random_rows import random_rows
 from saved import edit_config, edit_tensors, load, logits, packed_linears
@@ -23,11 +24,16 @@ from tiny import tiny_model, tiny_tokens
 
 QUERY = "model.layers.0.self_attn.q_proj"
 NAMES = ["llama", "gpt2", "qwen2"]
-MAKERS = {"paper": partial(random_grouped, parts=2), "mixed": alternating, "rows": random_rows}
-LAYOUTS = {"paper": {"paper"}, "mixed": {"paper", "planes"}, "rows": {"rows"}}
+MAKERS = {
+    "paper": partial(random_grouped, parts=2),
+    "mixed": alternating,
+    "rows": random_rows,
+    "low-rank": lambda _, rows, columns, seed: random_low_rank(rows, columns, 11, seed=seed),
+}
+LAYOUTS = {"paper": {"paper"}, "mixed": {"paper", "planes"}, "rows": {"rows"}, "low-rank": {"low-rank"}}
 
 
-QUICK = {("llama", "mixed"), ("gpt2", "paper"), ("qwen2", "mixed"), ("gpt2", "rows")}
+QUICK = {("llama", "mixed"), ("gpt2", "paper"), ("qwen2", "mixed"), ("gpt2", "rows"), ("llama", "low-rank")}
 CASES = [
     pytest.param((name, kind), marks=() if (name, kind) in QUICK else pytest.mark.slow, id=f"{name}-{kind}")
     for name in NAMES
@@ -111,7 +117,7 @@ def test_inspection_counts_what_the_report_says_and_every_byte_once(saved, tmp_p
     tensors = [tensor for module in linears.values() for tensor in module.packed.tensors().items()]
     for kind, suffix in (
         ("groups and residual signs", "weight_group"), ("scalars", "weight_scalar"),
-        ("salient bitmaps", "weight_salient"),
+        ("salient bitmaps", "weight_salient"), ("signs of columns", "weight_column"),
     ):  # fmt: skip
         assert found.bytes_by_kind.get(kind, 0) == sum(
             tensor.nbytes for name, tensor in tensors if name == suffix

@@ -24,7 +24,8 @@ def pair(name="llama", **settings):
     """A compressed model and its original."""
     original = tiny_model(name)
     model = copy.deepcopy(original)
-    pbsp.compress(model, None, Config(pattern="2:8", **settings), corpus=windows(4))
+    settings = settings if "method" in settings else {"pattern": "2:8", **settings}
+    pbsp.compress(model, None, Config(**settings), corpus=windows(4))
     return torch.nn.Module.float(model), original  # what is not packed was cast to 16 bits
 
 
@@ -74,6 +75,15 @@ def test_distillation_brings_held_out_predictions_nearer(name, embeddings, code_
     assert min(held for _, _, held in found.curve) == found.after
     assert packed_bytes(model) == sizes
     assert all(parameter.grad is None for parameter in [*original.parameters(), *model.parameters()])
+
+
+@pytest.mark.parametrize("code_rate", [0.0, 1e-2])
+def test_other_layouts_are_tuned_too(code_rate, small_steps):
+    model, original = pair(method="nanoquant", options={"bits": 1.5, "iterations": 20})
+    sizes = packed_bytes(model)
+    found = recover_model(model, original, windows().tokens, Tuning(2, 1e-2, code_rate))
+    assert found.after < 0.95 * found.before
+    assert packed_bytes(model) == sizes
 
 
 def test_distillation_never_ends_worse(small_steps):

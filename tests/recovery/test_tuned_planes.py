@@ -32,7 +32,7 @@ def test_untuned_planes_compute_what_the_planes_stand_for(codes):
     tuned = TunedPlanes(fit, bias, original=weight if codes else None)
     tuned.refresh()
     torch.testing.assert_close(tuned(x), x @ fit.dense().T + bias)
-    again = tuned.planes()
+    again = tuned.representation()
     assert torch.equal(again.signs, fit.signs)
     assert torch.equal(again.scales, fit.scales)
 
@@ -42,7 +42,7 @@ def test_tuned_planes_store_what_they_computed_with_also_where_a_scale_turned(co
     fit, weight = planes()
     tuned = shaken(TunedPlanes(fit, None, original=weight if codes else None))
     assert (tuned.change < -1).any()
-    stored = tuned.planes()
+    stored = tuned.representation()
     assert torch.equal(stored.keep, fit.keep) is not codes
     assert torch.equal(tuned.weight, stored.dense())
     torch.testing.assert_close(tuned(torch.eye(40)).T, stored.dense(), rtol=1e-5, atol=1e-6)
@@ -58,7 +58,7 @@ def test_the_gradient_passes_the_rounding():
     target = torch.randn(9, 6, generator=torch.Generator().manual_seed(1))
     (tuned(x) - target).square().sum().backward(inputs=[tuned.weight])
     tuned.pull()
-    stored = tuned.planes()
+    stored = tuned.representation()
     slope = rotate(2 * (x @ stored.dense().T - target).T @ x, fit.rotation)  # of W in the planes' basis
     assert fit.rotation == 4
     for plane in range(2):

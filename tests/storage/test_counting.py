@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from pbsp.binarization.grouped import PAPER, GroupedBinarization, Scheme
-from pbsp.binarization.low_rank import LowRankBinary
 from pbsp.binarization.planes import block_count
 from pbsp.methods.table import build_method
 from pbsp.pruning.pattern import Pattern
@@ -61,24 +60,6 @@ def integers_from_streams(found, shape, width, block):
     return [
         [scales[i][j // block] * (codes[i][j] - zeros[i][j // block]) for j in range(columns)]
         for i in range(rows)
-    ]
-
-
-def low_rank_from_streams(found, shape):
-    """The matrix, weight by weight; the rank is what fits the number of signs."""
-    (rows, columns), reader = shape, Reader(found)
-    rank = reader.sizes["row signs"] // rows
-    row_signs = [[2 * reader.next("row signs") - 1 for _ in range(rank)] for _ in range(rows)]
-    column_signs = [[2 * reader.next("column signs") - 1 for _ in range(rank)] for _ in range(columns)]
-    row_scales = [reader.half("row scales") for _ in range(rows)]
-    column_scales = [reader.half("column scales") for _ in range(columns)]
-    assert reader.finished()
-    return [
-        [
-            scale * column_scale * sum(u * v for u, v in zip(left, right, strict=True))
-            for right, column_scale in zip(column_signs, column_scales, strict=True)
-        ]
-        for left, scale in zip(row_signs, row_scales, strict=True)
     ]
 
 
@@ -139,8 +120,6 @@ def assert_rebuilt(matrix):
     found, shape = streams(matrix), tuple(matrix.dense().shape)
     if isinstance(matrix, IntegerGroups):
         rebuilt = integers_from_streams(found, shape, matrix.width, matrix.block)
-    elif isinstance(matrix, LowRankBinary):
-        rebuilt = low_rank_from_streams(found, shape)
     else:
         rebuilt = grouped_from_streams(
             found, shape, pattern=matrix.pattern, scheme=matrix.scheme, block=matrix.block
@@ -274,15 +253,12 @@ def test_integers_are_rebuilt_exactly(width, block):
     assert count_bits(matrix) == 3 * (48 * width + groups * (16 + width))
 
 
-@pytest.mark.parametrize(("rows", "columns", "rank"), [(1, 1, 1), (5, 9, 1), (9, 5, 12)])
-def test_low_rank_factors_are_rebuilt_and_counted(rows, columns, rank):
-    matrix = random_low_rank(rows, columns, rank)
-    assert_rebuilt(matrix)
-    assert count_bits(matrix) == (rank + 16) * (rows + columns)
-
-
 def test_packed_layouts_count_the_bytes_of_their_file():
-    for matrix in (random_grouped("4:8", 6, 48, parts=2), random_planes("4:8+2:8", 6, 48)):
+    for matrix in (
+        random_grouped("4:8", 6, 48, parts=2),
+        random_planes("4:8+2:8", 6, 48),
+        random_low_rank(6, 48, 11),
+    ):
         assert count_bits(matrix) == sum(8 * tensor.nbytes for tensor in pack(matrix).tensors().values())
 
 

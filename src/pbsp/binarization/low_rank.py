@@ -31,6 +31,11 @@ class LowRankBinary:
         """The float32 matrix; sums of signs are exact, so that it is the same in any order."""
         return self.row_scales[:, None] * self.sums() * self.column_scales
 
+    def product(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        """X Qᵀ in x's dtype, computed in float32 by one factor after the other; differentiable in x."""
+        inner = (x.float() * self.column_scales) @ self.column_signs.float()
+        return ((inner @ self.row_signs.float().T) * self.row_scales).to(x.dtype)
+
     def sums(self) -> Float[Tensor, "out in"]:
         """U Vᵀ in float32."""
         return self.row_signs.float() @ self.column_signs.float().T

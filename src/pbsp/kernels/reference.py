@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pbsp.storage.layouts import Packed
+from pbsp.storage.low_rank import PackedLowRank
 from pbsp.storage.streams import row_tiles
 
 _TILE_WEIGHTS = 1 << 22  # decoded weights alive at once: 16 MiB in float32
@@ -15,10 +16,14 @@ _TILE_WEIGHTS = 1 << 22  # decoded weights alive at once: 16 MiB in float32
 def packed_linear(
     x: Float[Tensor, "*batch in"], packed: Packed, bias: Float[Tensor, "out"] | None = None
 ) -> Float[Tensor, "*batch out"]:
-    """X Wᵀ + bias in x's dtype, W decoded some rows at a time; differentiable in x and bias.
+    """X Wᵀ + bias in x's dtype; differentiable in x and bias.
 
-    Of rotated planes W is the matrix in their basis, and x too.
+    W is decoded some rows at a time; of two factors each is multiplied with. In a rotated layout W is the
+    matrix in its own basis, and x too.
     """
+    if isinstance(packed, PackedLowRank):
+        y = packed.unpack().product(x)
+        return y if bias is None else y + bias
     products = []
     for low, high in _tiles(packed):
         tile = packed.rows(low, high).decode().to(x.dtype)

@@ -22,6 +22,7 @@ from pbsp.methods.checks import check_damping
 from pbsp.solver.hessian import damped
 
 _SCALE_BITS = 16
+_BYTE = 8
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class Nanoquant:
     """NanoQuant's factorization of one layer: W ≈ diag(s₁) U Vᵀ diag(s₂), U and V of ±1.
 
     Attributes:
-        bits: stored bits a weight, scales included; each layer gets the largest rank that they allow.
+        bits: stored bits a weight, scales included; each layer gets the largest rank that they allow, in
+            whole bytes of signs.
         iterations: rounds of alternating directions.
         ridge: of their least-squares steps, whose regressors have unit length.
         shrinkage: how far the mean squares of the inputs are drawn to their mean, 0 to 1; the paper has
@@ -44,7 +46,7 @@ class Nanoquant:
     Source: arXiv 2602.06694; see `binarization.low_rank_fit`. Without its tuning
     of blocks and of the model. Outputs are not weighted, as there is no statistic of gradients here; the
     preconditioned weight is brought to a mean square of 1, as the paper leaves its scale open; the rank is
-    not rounded to a multiple of 32, nor kept from exceeding the shorter side, as the released code does.
+    rounded to a multiple of 8, not 32, nor kept from exceeding the shorter side, as the released code does.
     """
 
     rows_interact: ClassVar[bool] = True
@@ -73,18 +75,19 @@ class Nanoquant:
         check_damping(self.damping)
 
     def rank(self, rows: int, columns: int) -> int:
-        """The largest r with r · (rows + columns) sign bits and the scales within `bits` a weight.
+        """The largest r, a multiple of 8, whose r · (rows + columns) signs and the scales are within `bits`.
 
         Raises:
-            ConfigError: not even one fits.
+            ConfigError: not even 8 fit.
         """
-        rank = Fraction(self.bits) * rows * columns // (rows + columns) - _SCALE_BITS
-        if rank < 1:
-            least = (_SCALE_BITS + 1) * (rows + columns) / (rows * columns)
+        largest = Fraction(self.bits) * rows * columns // (rows + columns) - _SCALE_BITS
+        rank = int(largest) // _BYTE * _BYTE
+        if rank < _BYTE:
+            least = (_SCALE_BITS + _BYTE) * (rows + columns) / (rows * columns)
             raise ConfigError(
-                f"bits is {self.bits}; one rank and the scales of {rows} x {columns} weights take {least:.3f}"
+                f"bits is {self.bits}; rank 8 and the scales of {rows} x {columns} weights take {least:.3f}"
             )
-        return int(rank)
+        return rank
 
     def compress(self, weight: Float[Tensor, "out in"], moment: Float[Tensor, "in in"]) -> LowRankBinary:
         """Factors that lower Σ_ij m_j (W − Q)_ij², m the shrunk diagonal of the moment of the layer's inputs.

@@ -119,4 +119,4 @@ def packs(method: Method) -> bool:
         return method.zeros == "kept"
     if isinstance(method, Pbsp):
         return method.pruning == N_OF_M
-    return isinstance(method, PlaneFit | IntegerFit)
+    return isinstance(method, PlaneFit | IntegerFit | Nanoquant)

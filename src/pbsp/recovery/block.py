@@ -113,10 +113,10 @@ def adapt_block(
 def recover_block(
     block: nn.Module, task: BlockTask, *, originals: Mapping[str, Tensor], tuning: Tuning = BLOCK_TUNING
 ) -> tuple[float, float, int]:
-    """Tune a compressed block's planes, norms and biases in place; it never ends worse than it began.
+    """Tune a compressed block's packed layers, norms and biases in place; it never ends worse than it began.
 
     Args:
-        block: its packed linears of layout `planes` are tuned, and all vectors.
+        block: see `tunable`.
         originals: weights of the block's linears, by name in the block; for tuning codes.
 
     Returns the held-out loss before and after, and the steps made.

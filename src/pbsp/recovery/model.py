@@ -66,7 +66,7 @@ def recover_model(
     progress: Callable[[int, int], None] | None = None,
     kept: TuningFile | None = None,
 ) -> ModelRecovery:
-    """Tune all planes, norms and biases of `model` in place; it never ends worse than it began.
+    """Tune all packed layers, norms and biases of `model` in place; it never ends worse than it began.
 
     The loss is KL(teacher ‖ model), a mean over tokens; the teacher's predictions are computed as they are
     needed. Windows come in order, about 2048 tokens a step, one window at a time through the model. Held in

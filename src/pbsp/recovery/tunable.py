@@ -1,4 +1,4 @@
-"""A compressed module made tunable for a while: planes, norms and biases."""
+"""A compressed module made tunable for a while: packed layers, norms and biases."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -8,9 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pbsp.binarization.low_rank import LowRankBinary
 from pbsp.binarization.planes import Planes
 from pbsp.integrations.modules import replace_module
 from pbsp.packed_linear import PackedLinear
+from pbsp.recovery.tuned_linear import TunedLinear
+from pbsp.recovery.tuned_low_rank import TunedLowRank
 from pbsp.recovery.tuned_planes import TunedPlanes
 
 
@@ -32,11 +35,11 @@ class Tuning:
 class Tunable:
     """The parameters of one module, or of all, and a step of torch's AdamW over them."""
 
-    def __init__(self, layers: list[TunedPlanes], vectors: list[nn.Parameter], tuning: Tuning, steps: int):
+    def __init__(self, layers: list[TunedLinear], vectors: list[nn.Parameter], tuning: Tuning, steps: int):
         self.layers = layers
         self.vectors = vectors
-        scales = [layer.change for layer in layers]
-        latents = [layer.latents for layer in layers if layer.latents is not None]
+        scales = [change for layer in layers for change in layer.changes()]
+        latents = [latents for layer in layers for latents in layer.codes()]
         groups = [{"params": [*vectors, *scales], "lr": tuning.rate}]
         if latents:
             groups.append({"params": latents, "lr": tuning.code_rate})
@@ -93,21 +96,22 @@ class Tunable:
 def tunable(
     module: nn.Module, tuning: Tuning, *, steps: int, originals: Mapping[str, Tensor]
 ) -> Iterator[Tunable]:
-    """The module with tunable planes while the context lasts, and packed ones of its last state after it.
+    """The module with tunable layers while the context lasts, and packed ones of their last state after it.
 
     Args:
-        module: holds packed linears; those of layout `planes` are tuned, and all vectors.
+        module: holds packed linears; those of layouts `planes` and `low-rank` are tuned, and all vectors.
         steps: that the learning rates' schedule is made for.
         originals: weights by the linears' names in `module`; needed where codes are tuned.
     """
-    tuned: dict[str, TunedPlanes] = {}
+    tuned: dict[str, TunedLinear] = {}
     for name, found in list(module.named_modules()):
-        if isinstance(found, PackedLinear) and isinstance(planes := found.packed.unpack(), Planes):
+        if isinstance(found, PackedLinear):
             original = originals[name] if tuning.code_rate else None
-            tuned[name] = TunedPlanes(planes, found.bias, original=original, conv1d=found.conv1d)
+            if (layer := _tuned(found, original)) is not None:
+                tuned[name] = layer
     for name, layer in tuned.items():
         replace_module(module, name, layer)
-    own = {id(parameter) for layer in tuned.values() for parameter in (layer.change, layer.weight)}
+    own = {id(parameter) for layer in tuned.values() for parameter in (*layer.changes(), layer.weight)}
     vectors = [
         parameter
         for parameter in module.parameters()
@@ -124,4 +128,14 @@ def tunable(
             parameter.requires_grad_(before)
             parameter.grad = None
         for name, layer in tuned.items():
-            replace_module(module, name, PackedLinear.of(layer.planes(), layer.bias))
+            replace_module(module, name, PackedLinear.of(layer.representation(), layer.bias))
+
+
+def _tuned(linear: PackedLinear, original: Tensor | None) -> TunedLinear | None:
+    """None for layouts whose values stay."""
+    matrix = linear.packed.unpack()
+    if isinstance(matrix, Planes):
+        return TunedPlanes(matrix, linear.bias, original=original, conv1d=linear.conv1d)
+    if isinstance(matrix, LowRankBinary):
+        return TunedLowRank(matrix, linear.bias, original=original, conv1d=linear.conv1d)
+    return None

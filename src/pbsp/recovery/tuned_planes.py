@@ -11,24 +11,19 @@ from pbsp.binarization.rotation import rotate
 from pbsp.binarization.scales import round_scales
 from pbsp.pruning.keep import keep_largest
 from pbsp.pruning.pattern import Pattern
+from pbsp.recovery.tuned_linear import LARGEST_LATENT, THRESHOLD_MARGIN, TunedLinear
 
 _THRESHOLD = 0.5  # of a scale: below half of it, leaving a weight out is nearer than keeping it
-_LARGEST = 1.5  # of a scale: no weight shall need many steps to be left out
-_MARGIN = 0.02  # of a scale: all those on the threshold would turn in the first step
 
 
-class TunedPlanes(nn.Module):
-    """Y = x Wᵀ + bias, where W is what the planes stand for after the last `refresh`.
+class TunedPlanes(TunedLinear):
+    """A linear layer of planes.
 
-    Scales are `first · (1 + change)`. A plane's signs and support follow from `latents`, in units of its
-    scales: of every M those N are kept that are largest, with their signs. Both are rounded in `refresh`
-    and the gradient passes the rounding as if it were not there (straight-through): `pull` takes it from
-    W's, so that codes are found once a step, however many windows or checkpoints a step has. A scale can
-    turn negative: its signs then turn when it is stored.
+    A plane's signs and support follow from its latents: of every M those N are kept that are largest, with
+    their signs. A scale can turn negative: its signs then turn when it is stored.
 
     Attributes:
-        weight: W, a leaf of the graph; its gradient is what `pull` uses up.
-        change: relative, so that one step size fits all layers; zero at first.
+        change: of scales, relative.
         latents: None where codes stay as they are.
     """
 
@@ -40,23 +35,20 @@ class TunedPlanes(nn.Module):
         original: Float[Tensor, "out in"] | None = None,
         conv1d: bool = False,
     ) -> None:
-        """With `original`, the weight that the planes stand for, codes are tuned too.
-
-        `conv1d` is what `PackedLinear` says of itself.
-        """
-        super().__init__()
-        self.conv1d = conv1d
+        """With `original`, the weight that the planes stand for, codes are tuned too."""
+        super().__init__(planes.dense(), bias, conv1d=conv1d)
         self._planes = planes
         self._signs = planes.signs
         self.change = nn.Parameter(torch.zeros_like(planes.scales))
         self.latents = None if original is None else nn.Parameter(first_latents(planes, original))
-        self.weight = nn.Parameter(planes.dense())
-        self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
 
-    def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        """The product, in x's dtype."""
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return torch.nn.functional.linear(x, self.weight.to(x.dtype), bias)
+    def changes(self) -> list[nn.Parameter]:
+        """One tensor."""
+        return [self.change]
+
+    def codes(self) -> list[nn.Parameter]:
+        """One tensor, or none."""
+        return [] if self.latents is None else [self.latents]
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -64,14 +56,10 @@ class TunedPlanes(nn.Module):
         if self.latents is not None:
             pairs = zip(self.latents, self._planes.patterns, strict=True)
             self._signs = torch.stack([codes_of(latents, pattern) for latents, pattern in pairs])
-        self.weight.copy_(self.planes().dense())
+        super().refresh()
 
-    @torch.no_grad()
-    def pull(self) -> None:
-        """Turn the gradient of `weight`, none where it was not called, into those of scales and codes."""
-        if self.weight.grad is None:
-            return
-        gradient = rotate(self.weight.grad, self._planes.rotation)
+    def _pull(self, gradient: Float[Tensor, "out in"]) -> None:
+        gradient = rotate(gradient, self._planes.rotation)
         _, rows, blocks = self.change.shape
         block, columns = self._planes.scale_block, gradient.shape[1]
         missing = block_count(columns, block) * block - columns
@@ -82,10 +70,9 @@ class TunedPlanes(nn.Module):
             if self.latents is not None:
                 scales = expand_scales(self._scales()[plane], block, columns)
                 _set_gradient(self.latents, plane, gradient * scales)
-        self.weight.grad = None
 
     @torch.no_grad()
-    def planes(self) -> Planes:
+    def representation(self) -> Planes:
         """The planes as they are now, with scales that can be stored."""
         scales = self._scales()
         block, columns = self._planes.scale_block, self._signs.shape[2]
@@ -108,13 +95,11 @@ def first_latents(planes: Planes, original: Float[Tensor, "out in"]) -> Float[Te
     columns = planes.signs.shape[2]
     scales = expand_scales(planes.scales, planes.scale_block, columns)
     left = rotate(original.float(), planes.rotation) - planes.rotated()
-    latents = []
+    latents, left_out = [], _THRESHOLD - THRESHOLD_MARGIN
     for signs, scale in zip(planes.signs, scales, strict=True):
         wanted = torch.where(scale > 0, left / scale.clamp_min(1e-30), 0.0) + signs
-        kept = signs * (signs * wanted).clamp(_THRESHOLD + _MARGIN, _LARGEST)
-        latents.append(
-            torch.where(signs != 0, kept, wanted.clamp(_MARGIN - _THRESHOLD, _THRESHOLD - _MARGIN))
-        )
+        kept = signs * (signs * wanted).clamp(_THRESHOLD + THRESHOLD_MARGIN, LARGEST_LATENT)
+        latents.append(torch.where(signs != 0, kept, wanted.clamp(-left_out, left_out)))
     return torch.stack(latents)
 
 

@@ -5,7 +5,6 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from pbsp.binarization.grouped import GroupedBinarization
-from pbsp.binarization.low_rank import LowRankBinary
 from pbsp.quantization.integers import IntegerGroups
 from pbsp.storage.bits import Stream, stored_bits, streams_bits
 from pbsp.storage.layouts import Representation, is_packable, pack
@@ -26,9 +25,7 @@ def streams(representation: Representation) -> list[Stream]:
     """
     if isinstance(representation, IntegerGroups):
         return _integer_streams(representation)
-    if isinstance(representation, LowRankBinary):
-        return _low_rank_streams(representation)
-    assert isinstance(representation, GroupedBinarization), "planes are always packed"
+    assert isinstance(representation, GroupedBinarization), "all others are packed"
     return _grouped_streams(representation)
 
 
@@ -37,15 +34,6 @@ def _integer_streams(matrix: IntegerGroups) -> list[Stream]:
         Stream("codes", matrix.codes.flatten(), matrix.width),
         _halves("scales", matrix.scales),
         Stream("zeros", matrix.zeros.flatten(), matrix.width),
-    ]
-
-
-def _low_rank_streams(matrix: LowRankBinary) -> list[Stream]:
-    return [
-        _bits("row signs", matrix.row_signs.flatten() > 0),
-        _bits("column signs", matrix.column_signs.flatten() > 0),
-        _halves("row scales", matrix.row_scales),
-        _halves("column scales", matrix.column_scales),
     ]
 
 

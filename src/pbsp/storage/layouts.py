@@ -6,23 +6,26 @@ from pbsp.binarization.planes import Planes
 from pbsp.quantization.integers import IntegerGroups
 from pbsp.quantization.rows import QuantizedRows
 from pbsp.storage.grouped import SALIENT, GroupedForm, PackedGrouped, fits_layout, pack_grouped
+from pbsp.storage.low_rank import COLUMN_CODES, LowRankForm, PackedLowRank, pack_low_rank
 from pbsp.storage.planes import OFFSETS, PackedPlanes, PlanesForm, pack_planes
 from pbsp.storage.rows import PackedRows, RowsForm, pack_rows
 
 Representation = Planes | GroupedBinarization | QuantizedRows | IntegerGroups | LowRankBinary
-Form = PlanesForm | GroupedForm | RowsForm
-Packed = PackedPlanes | PackedGrouped | PackedRows
+Form = PlanesForm | GroupedForm | RowsForm | LowRankForm
+Packed = PackedPlanes | PackedGrouped | PackedRows | PackedLowRank
 
-FORMS: dict[str, type[Form]] = {form.layout: form for form in (PlanesForm, GroupedForm, RowsForm)}
-MARKERS = (OFFSETS, SALIENT)
+FORMS: dict[str, type[Form]] = {
+    form.layout: form for form in (PlanesForm, GroupedForm, RowsForm, LowRankForm)
+}
+MARKERS = (OFFSETS, SALIENT, COLUMN_CODES)
 """Names of tensors that only packed linears have; layout `rows` has none, its one tensor is `weight`."""
 
 
 def is_packable(representation: Representation) -> bool:
-    """Whether there is a layout for it: rivals have none and are only counted, see `counting`."""
+    """Whether there is a layout for it: most rivals have none and are only counted, see `counting`."""
     if isinstance(representation, GroupedBinarization):
         return fits_layout(representation)
-    return isinstance(representation, Planes | QuantizedRows)
+    return isinstance(representation, Planes | QuantizedRows | LowRankBinary)
 
 
 def pack(representation: Representation) -> Packed:
@@ -35,6 +38,8 @@ def pack(representation: Representation) -> Packed:
         return pack_planes(representation)
     if isinstance(representation, QuantizedRows):
         return pack_rows(representation)
+    if isinstance(representation, LowRankBinary):
+        return pack_low_rank(representation)
     assert isinstance(representation, GroupedBinarization), "not packable"
     return pack_grouped(representation)
 
