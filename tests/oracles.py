@@ -237,7 +237,7 @@ def rows_by_reinversion(weight, hessian, bits):
             scale = half(largest / 127)
             # the next float16, if that is below
             return scale if scale >= largest / 127 else half(scale * (1 + 2**-10))
-        tried = [half(largest / 7.5 * shrink) for shrink in (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)]
+        tried = [half(largest / 7.5 * shrink) for shrink in (1 - step / 20 for step in range(11))]
         return min(tried, key=lambda scale: sum((value(w, scale) - w) ** 2 for w in row))
 
     current = weight.clone()

@@ -11,6 +11,7 @@ from pbsp.binarization.rotation import rotation_for
 from pbsp.binarization.scales import round_scales
 from pbsp.integrations.modules import replace_module
 from pbsp.integrations.transformers import PbspQuantizationConfig, attach
+from pbsp.methods.integers import DENSE
 from pbsp.models.experts import split_experts
 from pbsp.packed_linear import PackedLinear
 from pbsp.pruning.pattern import Pattern, parse_patterns
@@ -28,13 +29,17 @@ def random_signs(pattern: Pattern, rows: int, columns: int, *, seed: int = 0) ->
 def random_planes(
     text: str, rows: int, columns: int, *, scale_block: int = 48, seed: int = 0, rotation: int = 1
 ) -> Planes:
-    patterns = parse_patterns(text)
+    """Planes of these patterns; "3 bit": the bits of integers, dense planes that share scales."""
+    shared = text.endswith(" bit")
+    patterns = (DENSE,) * int(text.split()[0]) if shared else parse_patterns(text)
     signs = [random_signs(pattern, rows, columns, seed=seed + n) for n, pattern in enumerate(patterns)]
     shape = (len(patterns), rows, block_count(columns, scale_block))
     scales = torch.rand(shape, generator=torch.Generator().manual_seed(seed))
     magnitudes = torch.tensor([0.1 / 4**n for n in range(len(patterns))])
     scales = round_scales(scales * magnitudes[:, None, None])
-    return Planes(patterns, torch.stack(signs), scales, scale_block, rotation)
+    if shared:
+        scales = torch.stack([scales[0] / 2**plane for plane in range(len(patterns))])
+    return Planes(patterns, torch.stack(signs), scales, scale_block, rotation, shared)
 
 
 def packed_model(name: str, text: str = "4:8+2:8", *, make=random_planes, model=None):

@@ -24,7 +24,7 @@ SmolLM2-135M moves by a KL of 1.5e-7 nats a token; with int8 by 6.4e-3, and comp
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Of activations and results, by the library's numbers."""
 
-_ABI = 5
+_ABI = 6
 _REFERENCE_ONLY = ("paper", "low-rank")
 _PLACES = (
     Path(__file__).parent / "kernels" / "pbsp_cpu.so",  # installed
@@ -49,6 +49,7 @@ class MatrixStruct(ctypes.Structure):
         ("planes", ctypes.c_int32),
         ("patterns", ctypes.c_int32 * (2 * _MAX_PLANES)),
         ("rotation", ctypes.c_int32),
+        ("shared_scales", ctypes.c_int32),
     )
 
 

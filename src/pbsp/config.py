@@ -16,7 +16,8 @@ from pbsp.methods.table import METHODS, Method, build_method, option_types, patt
 from pbsp.pruning.pattern import Pattern, parse_patterns
 
 AUTO = "auto"
-_TUNED = ("planes", "nanoquant")
+_TUNED = ("planes", "nanoquant", "integers")
+_SHARED = ("block", "damping", "sweeps", "rotation")  # options of planes that integers in a plan have, too
 _CHOICES = {
     "method": tuple(METHODS),
     "weighting": (AUTO, *get_args(Weighting)),
@@ -174,7 +175,7 @@ class Config:
     def build(self, entry: Entry | None = None) -> Method:
         """The method that these settings describe, for a layer that is stored as `entry`."""
         if isinstance(entry, int):
-            shared = {name: self.options[name] for name in ("damping", "rotation") if name in self.options}
+            shared = {name: self.options[name] for name in _SHARED if name in self.options}
             return build_method("integers", None, {"bits": entry, **shared})
         if entry is None and self.pattern is not None:
             entry = parse_patterns(self.pattern)

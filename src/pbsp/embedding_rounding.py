@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pbsp.calibration.moments import collect_moments
-from pbsp.methods.integers import IntegerFit
+from pbsp.methods.integers import rounded_rows
 from pbsp.quantization.rows import quantize_rows
+from pbsp.solver.hessian import damped, inverse_factor
 
 _DAMPING = 0.1  # a tied matrix is looked up, too, and there plain rounding is best
 _ROWS_AT_ONCE = 4096
@@ -34,12 +35,12 @@ def head_moment(
 def round_head(
     weight: Float[Tensor, "rows columns"], bits: int, moment: Float[Tensor, "columns columns"] | None
 ) -> UInt8[Tensor, "rows bytes"]:
-    """The bytes of `quantization.rows`; in 4 bit, given the moment, as method `integers` finds them.
+    """The bytes of `quantization.rows`; in 4 bit, given the moment, rounded under it.
 
     In 8 bit rounding to the nearest already loses next to nothing.
     """
     if bits == 8 or moment is None:
         return quantize_rows(weight, bits)
-    method = IntegerFit(bits, _DAMPING, rotation=1)  # rows of embeddings are looked up as they are
+    factor = inverse_factor(damped(moment.to(weight.device), _DAMPING)).float()
     parts = weight.detach().float().split(_ROWS_AT_ONCE)
-    return torch.cat([method.compress(part, moment.to(weight.device)).packed for part in parts])
+    return torch.cat([rounded_rows(part, factor, bits) for part in parts])

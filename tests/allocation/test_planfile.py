@@ -39,7 +39,7 @@ def test_a_plan_survives_the_file(blocks, written, tmp_path):
         ("other = 1\n[layers]\na = '1:8'", r"must have one table"),
         ("[layers]\na = 3", "plan: a: '3' is not a pattern"),
         ("[layers]\na = '9:8'", "plan: a: pattern 9:8 keeps 9 of 8"),
-        ("[layers]\na = '5 bit'", 'plan: a: .* or "4 bit", "8 bit" or "16 bit"'),
+        ("[layers]\na = '5 bit'", 'plan: a: .* or integers, as "3 bit", or "16 bit"'),
         ("[planes\n", "cannot be read as a plan"),
     ],
 )

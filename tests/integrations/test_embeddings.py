@@ -10,9 +10,10 @@ from pbsp.calibration.windows import Windows
 from pbsp.config import Config
 from pbsp.embedding_rounding import round_head
 from pbsp.errors import FormatError
-from pbsp.methods.integers import IntegerFit
+from pbsp.methods.integers import rounded_rows
 from pbsp.packed_embedding import PackedEmbedding, PackedHead
 from pbsp.quantization.rows import dequantize_rows, quantize_rows
+from pbsp.solver.hessian import damped, inverse_factor
 from saved import edit_config, edit_tensors
 from tiny import CONFIGS, tiny_model, tiny_tokens
 from variants import layer_problem
@@ -94,7 +95,7 @@ def test_what_the_head_multiplies_with_is_rounded_under_its_inputs(name, tmp_pat
 
 def test_rounding_is_that_of_the_method_in_any_number_of_parts(monkeypatch):
     weight, moment = layer_problem(rows=10, columns=64)
-    expected = IntegerFit(4, 0.1, rotation=1).compress(weight, moment).packed
+    expected = rounded_rows(weight, inverse_factor(damped(moment, 0.1)).float(), 4)
     assert torch.equal(round_head(weight, 4, moment), expected)
     monkeypatch.setattr("pbsp.embedding_rounding._ROWS_AT_ONCE", 3)
     assert torch.equal(round_head(weight, 4, moment), expected)

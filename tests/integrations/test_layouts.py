@@ -17,7 +17,7 @@ from pbsp.report import LayerReport
 from pbsp.storage.checkpoint import packed_digest
 from random_grouped import alternating, random_grouped
 from random_low_rank import random_low_rank
-from random_planes import packed_model
+from random_planes import packed_model, random_planes
 from random_rows import random_rows
 from saved import edit_config, edit_tensors, load, logits, packed_linears
 from tiny import tiny_model, tiny_tokens
@@ -28,12 +28,26 @@ MAKERS = {
     "paper": partial(random_grouped, parts=2),
     "mixed": alternating,
     "rows": random_rows,
+    "integers": lambda _, rows, columns, seed: random_planes(f"{2 + seed % 3} bit", rows, columns, seed=seed),
     "low-rank": lambda _, rows, columns, seed: random_low_rank(rows, columns, 11, seed=seed),
 }
-LAYOUTS = {"paper": {"paper"}, "mixed": {"paper", "planes"}, "rows": {"rows"}, "low-rank": {"low-rank"}}
+LAYOUTS = {
+    "paper": {"paper"},
+    "mixed": {"paper", "planes"},
+    "rows": {"rows"},
+    "integers": {"planes"},
+    "low-rank": {"low-rank"},
+}
 
 
-QUICK = {("llama", "mixed"), ("gpt2", "paper"), ("qwen2", "mixed"), ("gpt2", "rows"), ("llama", "low-rank")}
+QUICK = {
+    ("llama", "mixed"),
+    ("gpt2", "paper"),
+    ("qwen2", "mixed"),
+    ("gpt2", "rows"),
+    ("llama", "low-rank"),
+    ("qwen2", "integers"),
+}
 CASES = [
     pytest.param((name, kind), marks=() if (name, kind) in QUICK else pytest.mark.slow, id=f"{name}-{kind}")
     for name in NAMES

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from pbsp.binarization.rotation import rotate
+from pbsp.methods.integers import IntegerFit
 from pbsp.methods.planes import PlaneFit
 from pbsp.packed_linear import PackedLinear
 from pbsp.pruning.pattern import parse_patterns
@@ -88,3 +89,27 @@ def test_exactly_n_of_every_m_are_kept_also_among_ties_and_zeros():
     latents = torch.tensor([[0.0] * 8, [1.0] * 8, [-1.0, 2.0, 0.0, 0.0, -0.5, 0.0, 0.0, 0.0]])
     expected = [[1, 1, 1, 0, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0, 0, 0], [-1, 1, 0, 0, -1, 0, 0, 0]]
     assert codes_of(latents, pattern).tolist() == expected
+
+
+@pytest.mark.parametrize("codes", [False, True])
+def test_integers_stay_integers_with_one_step_a_block(codes):
+    weight, moment = layer_problem(rows=6, columns=40)
+    fit = IntegerFit(3, block=16).compress(weight, moment)
+    tuned = shaken(TunedPlanes(fit, None, original=weight if codes else None))
+    assert (tuned.change < -1).any()
+    stored = tuned.representation()
+    assert torch.equal(stored.scales[1:], stored.scales[:-1] / 2)
+    assert torch.equal(PackedLinear.of(stored).dense(), stored.dense())
+    assert torch.equal(tuned.weight, stored.dense())
+
+
+def test_the_gradient_of_a_shared_scale_is_that_of_its_integers():
+    weight, moment = layer_problem(rows=6, columns=40)
+    fit = IntegerFit(3, block=16).compress(weight, moment)
+    tuned = TunedPlanes(fit, None)
+    tuned.refresh()
+    tuned.weight.grad = torch.randn(6, 40, generator=torch.Generator().manual_seed(0))
+    turned = rotate(tuned.weight.grad.clone(), fit.rotation)
+    tuned.pull()
+    products = torch.nn.functional.pad(turned * fit.rotated(), (0, 8)).view(6, 3, 16).sum(2)
+    torch.testing.assert_close(tuned.change.grad, products[None], rtol=1e-4, atol=1e-5)

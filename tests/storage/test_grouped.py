@@ -209,5 +209,5 @@ def test_the_worked_matrix_of_the_documentation_has_the_bytes_printed_there():
 
 
 def test_layouts_have_names_and_markers_of_their_own():
-    assert list(FORMS) == ["planes", "paper", "rows"]
+    assert list(FORMS) == ["planes", "paper", "rows", "low-rank"]
     assert len(MARKERS) == len(FORMS) - 1  # rows have no tensor but the weight

@@ -1,15 +1,16 @@
-"""What one linear layer can be stored as, and how that is written: "4:8+2:8", "4 bit" or "8 bit"."""
+"""What one linear layer can be stored as, and how that is written: "4:8+2:8" or "3 bit"."""
 
 from pbsp.errors import PatternError
+from pbsp.methods.integers import DENSE, PLANE_BITS
 from pbsp.pruning.pattern import Pattern, format_patterns, parse_patterns
 from pbsp.storage.layouts import Form
 from pbsp.storage.planes import PlanesForm
-from pbsp.storage.rows import RowsForm, has_form
+from pbsp.storage.rows import RowsForm
 
 Entry = tuple[Pattern, ...] | int
-"""The patterns of planes, or the bits of integers, 4 or 8 (see `methods.integers`)."""
+"""The patterns of planes, or the bits of integers (see `methods.integers`)."""
 
-_INTEGERS = {f"{bits} bit": bits for bits in (4, 8)}
+_INTEGERS = {f"{bits} bit": bits for bits in (*PLANE_BITS, 8)}
 
 
 def format_entry(entry: Entry) -> str:
@@ -26,11 +27,7 @@ def parse_entry(text: str) -> Entry:
 
 def check_entry(entry: Entry, in_features: int) -> None:
     """Raise PatternError unless rows of so many weights can be stored so."""
-    if isinstance(entry, int):
-        if not has_form(in_features, entry):
-            raise PatternError(f"rows of {in_features} weights have no {entry}-bit form; 32 must divide them")
-        return
-    for pattern in entry:
+    for pattern in () if isinstance(entry, int) else entry:
         pattern.check(in_features)
 
 
@@ -49,9 +46,11 @@ def entry_form(entry: Entry, out_features: int, in_features: int, block: int) ->
     Raises:
         PatternError, FormatError: its rows cannot be.
     """
-    if isinstance(entry, int):
-        return RowsForm(entry, in_features, out_features)
-    return PlanesForm(entry, in_features, out_features, block)
+    if isinstance(entry, tuple):
+        return PlanesForm(entry, in_features, out_features, block)
+    if entry in PLANE_BITS:
+        return PlanesForm((DENSE,) * entry, in_features, out_features, block, shared_scales=True)
+    return RowsForm(entry, in_features, out_features)
 
 
 def entry_bits(entry: Entry, out_features: int, in_features: int, block: int) -> int:

@@ -13,7 +13,7 @@ _MENU = (
     *("1:8", "2:16", "1:4", "2:8", "4:16", "3:8", "5:8"),
     *("2:8+2:8", "3:8+2:8", "3:8+4:16", "3:8+3:8", "5:8+3:8"),
     *("3:8+3:8+1:8", "3:8+3:8+2:8", "3:8+3:8+4:16", "4:8+3:8+2:8", "4:8+4:8+2:8", "4:8+4:8+4:8"),
-    *("4 bit", "8 bit"),
+    *("2 bit", "3 bit", "4 bit", "8 bit"),
 )
 MENU: tuple[Entry, ...] = tuple(parse_entry(text) for text in _MENU)
 PROBES: tuple[Entry, Entry] = parse_entry("2:8"), parse_entry("3:8+3:8")
@@ -23,7 +23,7 @@ PROBES: tuple[Entry, Entry] = parse_entry("2:8"), parse_entry("3:8+3:8")
 def entry_fit(entry: Entry, planes: PlaneFit) -> PlaneFit | IntegerFit:
     """The method that stores a layer so: `planes` with these patterns, or integers fitted alike."""
     if isinstance(entry, int):
-        return IntegerFit(entry, planes.damping, planes.rotation)
+        return IntegerFit(entry, planes.block, planes.damping, planes.sweeps, planes.rotation)
     return replace(planes, patterns=entry)
 
 

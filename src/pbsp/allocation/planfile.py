@@ -14,8 +14,8 @@ PLAN_FILE = "plan.toml"
 KEPT = "16 bit"
 _TABLE = "layers"
 _HEADER = f"""\
-# Every linear layer: planes, N:M or several joined by +, as "4:8+2:8"; "4 bit" or "8 bit" for integers;
-# "{KEPT}" leaves it as it is.
+# Every linear layer: planes, N:M or several joined by +, as "4:8+2:8"; integers, "2 bit", "3 bit", "4 bit"
+# or "8 bit"; "{KEPT}" leaves it as it is.
 # Replay it, changed or not, with pbsp compress --plan FILE.
 """
 
@@ -59,7 +59,7 @@ def check_written(layers: Mapping[str, object]) -> None:
         try:
             parse_entry(written if isinstance(written, str) and written else repr(written))
         except PatternError as error:
-            raise ConfigError(f'plan: {name}: {error}; or "4 bit", "8 bit" or "{KEPT}"') from None
+            raise ConfigError(f'plan: {name}: {error}; or integers, as "3 bit", or "{KEPT}"') from None
 
 
 def plan_of(blocks: list[Block], layers: Mapping[str, str]) -> Plan:

@@ -22,6 +22,8 @@ class Planes:
             A finished solve holds only values that the stored 8-bit format can express (see `scales.py`).
         scale_block: columns that share a scale; the last block of a row may be shorter.
         rotation: size of the Hadamard matrices of the basis that the planes are in, see `rotation`; 1: none.
+        shared_scales: each plane's scales are half of those of the plane before, so that dense planes are
+            the bits of odd integers; they are stored once.
 
     Source: method.md §9 of this project; one plane is the paper's (arXiv 2502.01705) α·B⊙K with μ = 0.
     """
@@ -31,6 +33,7 @@ class Planes:
     scales: Float[Tensor, "planes out blocks"]
     scale_block: int
     rotation: int = 1
+    shared_scales: bool = False
 
     def dense(self) -> Float[Tensor, "out in"]:
         """The float32 matrix that the planes stand for, in the basis of the layer's own inputs."""

@@ -9,6 +9,7 @@ from pbsp.binarization.planes import block_count, expand_scales
 from pbsp.pruning.pattern import Pattern
 
 _SYSTEM_BYTES = 64 << 20  # normal equations alive at once in `refit_scales`
+_PANEL = 128  # columns after which the others' gradients are brought up to date at once
 _RIDGE = 1e-6  # of the mean diagonal: keeps two planes that agree in a block solvable
 
 
@@ -68,6 +69,45 @@ def _block_sums(values: Tensor, scale_block: int) -> Tensor:
     return torch.cat([sums, values[..., whole:].sum(-1, keepdim=True)], -1)
 
 
+def descend_integers(
+    weight: Float[Tensor, "out in"],
+    integers: Float[Tensor, "out in"],
+    steps: Float[Tensor, "out blocks"],
+    hessian: Float[Tensor, "in in"],
+    *,
+    largest: int,
+    scale_block: int,
+) -> Float[Tensor, "out in"]:
+    """One sweep of coordinate descent: each column takes its best integers, all else fixed.
+
+    The loss (w − q) H (w − q)ᵀ never rises: in one weight it is a parabola, so that the integer nearest to
+    its lowest point is the best.
+
+    Args:
+        integers: odd, −largest to largest; q is an integer times the step of its row and block.
+        steps: not negative.
+        largest: odd.
+    """
+    columns = weight.shape[1]
+    gradient = hessian @ (weight - integers * expand_scales(steps, scale_block, columns)).T
+    found = integers.T.contiguous()  # columns first, as in `descend_codes`
+    by_block = steps.T.contiguous()
+    for start in range(0, columns, _PANEL):
+        stop = min(start + _PANEL, columns)
+        local = gradient[start:stop].clone()
+        change = torch.empty_like(local)
+        for column in range(start, stop):
+            near, step = column - start, by_block[column // scale_block]
+            lowest = found[column] + local[near] / (hessian[column, column] * step)
+            nearest = (((lowest - 1) / 2).round() * 2 + 1).clamp(-largest, largest)
+            best = torch.where(step > 0, nearest, found[column])
+            change[near] = (best - found[column]) * step
+            found[column] = best
+            local[near + 1 :] -= hessian[column + 1 : stop, column, None] * change[near]
+        gradient -= hessian[:, start:stop] @ change
+    return found.T
+
+
 def descend_codes(
     weight: Float[Tensor, "out in"],
     signs: Float[Tensor, "planes out in"],
@@ -88,7 +128,7 @@ def descend_codes(
     codes = signs.transpose(1, 2).contiguous()
     block_scales = scales.transpose(1, 2).contiguous()
     for plane, pattern in enumerate(patterns):
-        panel = max(128 // pattern.group, 1) * pattern.group
+        panel = max(_PANEL // pattern.group, 1) * pattern.group
         for start in range(0, columns, panel):
             stop = min(start + panel, columns)
             local = gradient[start:stop].clone()

@@ -136,5 +136,5 @@ def _dense_product(x: Tensor, planes: RuntimePlanes, bias: Tensor | None) -> Ten
 def _planes(matrix: MatrixArguments) -> RuntimePlanes:
     layout, scales, offsets, patterns, columns, scale_block, rotation = matrix
     planes = tuple(Pattern(*pair) for pair in zip(patterns[::2], patterns[1::2], strict=True))
-    form = PlanesForm(planes, columns, layout.shape[0], scale_block, rotation)
+    form = PlanesForm(planes, columns, layout.shape[0], scale_block, rotation, len(offsets) < len(planes))
     return RuntimePlanes(form, layout, scales, offsets)

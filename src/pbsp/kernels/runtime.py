@@ -115,4 +115,5 @@ def matrix_struct(
         len(patterns) // 2,
         tuple(patterns),
         rotation,
+        len(offsets) < len(patterns) // 2,
     )

@@ -23,7 +23,7 @@ class TunedPlanes(TunedLinear):
     their signs. A scale can turn negative: its signs then turn when it is stored.
 
     Attributes:
-        change: of scales, relative.
+        change: of scales, relative; where planes share scales, of the first plane's.
         latents: None where codes stay as they are.
     """
 
@@ -39,7 +39,8 @@ class TunedPlanes(TunedLinear):
         super().__init__(planes.dense(), bias, conv1d=conv1d)
         self._planes = planes
         self._signs = planes.signs
-        self.change = nn.Parameter(torch.zeros_like(planes.scales))
+        kinds = 1 if planes.shared_scales else len(planes.scales)
+        self.change = nn.Parameter(torch.zeros_like(planes.scales[:kinds]))
         self.latents = None if original is None else nn.Parameter(first_latents(planes, original))
 
     def changes(self) -> list[nn.Parameter]:
@@ -66,10 +67,10 @@ class TunedPlanes(TunedLinear):
         for plane, signs in enumerate(self._signs):
             products = torch.nn.functional.pad(gradient * signs, (0, missing))
             sums = products.view(rows, blocks, block).sum(2) * self._planes.scales[plane]
-            _set_gradient(self.change, plane, sums)
+            _add_gradient(self.change, min(plane, len(self.change) - 1), sums)
             if self.latents is not None:
                 scales = expand_scales(self._scales()[plane], block, columns)
-                _set_gradient(self.latents, plane, gradient * scales)
+                _add_gradient(self.latents, plane, gradient * scales)
 
     @torch.no_grad()
     def representation(self) -> Planes:
@@ -109,7 +110,7 @@ def codes_of(latents: Float[Tensor, "out in"], pattern: Pattern) -> Int8[Tensor,
     return torch.where(keep, signs_of(latents), 0.0).to(torch.int8)
 
 
-def _set_gradient(parameter: nn.Parameter, plane: int, gradient: Tensor) -> None:
+def _add_gradient(parameter: nn.Parameter, plane: int, gradient: Tensor) -> None:
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter)
-    parameter.grad[plane] = gradient
+    parameter.grad[plane] += gradient

@@ -4,7 +4,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ FORMAT_VERSION = 1
 _DTYPE_NAMES = {torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16"}
 _LARGEST_SIZE = 2**31 - 1
 _FLOAT_NAMES = ("F16", "BF16", "F32", "F64")
+_WRITTEN = {"patterns": str, "shared_scales": bool}  # how a form's fields are in JSON; the others are sizes
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,9 @@ class LayerEntry:
         values = {field.name: getattr(self.form, field.name) for field in fields(self.form)}
         if "patterns" in values:
             values["patterns"] = format_patterns(values["patterns"])
-        if values.get("rotation") == 1:
-            del values["rotation"]
+        for name, default in _defaults(type(self.form)).items():
+            if values[name] == default:
+                del values[name]
         return {"layout": self.layout, **values, "bias": self.bias, "sha256": self.sha256}
 
     @staticmethod
@@ -51,13 +53,11 @@ class LayerEntry:
         if not isinstance(layout, str) or layout not in FORMS:
             raise FormatError(f"layer {name}: layout is {layout!r}; this pbsp knows {', '.join(FORMS)}")
         form = FORMS[layout]
-        names = [field.name for field in fields(form)]
-        sizes = [field for field in names if field != "patterns"]
-        written = {field: int if field in sizes else str for field in names}
+        absent = [name for name in _defaults(form) if name not in entry]
+        names = [field.name for field in fields(form) if field.name not in absent]
+        written = {name: _WRITTEN.get(name, int) for name in names}
+        sizes = [name for name in names if written[name] is int]
         types = {"layout": str, **written, "bias": bool, "sha256": str}
-        if "rotation" not in entry:  # absent for 1, which is none
-            types.pop("rotation", None)
-        sizes = [field for field in sizes if field in types]
         if set(entry) != set(types):
             raise FormatError(f"layer {name}: its entry must have exactly the keys {', '.join(types)}")
         for key, expected in types.items():
@@ -70,8 +70,10 @@ class LayerEntry:
         if re.fullmatch("[0-9a-f]{64}", entry["sha256"]) is None:
             raise FormatError(f"layer {name}: sha256 is {entry['sha256']!r}, not 64 hexadecimal digits")
         try:
-            patterns = {"patterns": parse_patterns(entry["patterns"])} if "patterns" in written else {}
-            checked = form(**patterns, **{key: entry[key] for key in sizes})
+            values = {name: entry[name] for name in names}
+            if "patterns" in values:
+                values["patterns"] = parse_patterns(values["patterns"])
+            checked = form(**values)
         except (PatternError, FormatError) as error:
             raise FormatError(f"layer {name}: {error}") from error
         return LayerEntry(checked, entry["bias"], entry["sha256"])
@@ -84,6 +86,11 @@ class StoredTensor(NamedTuple):
     key: str
     shape: tuple[int, ...]
     dtype: str
+
+
+def _defaults(form: type[Form]) -> dict[str, Any]:
+    """Fields that an entry leaves out where they have these values."""
+    return {field.name: field.default for field in fields(form) if field.default is not MISSING}
 
 
 def packed_digest(packed: Packed) -> str:

@@ -27,10 +27,11 @@ class PlanesForm:
         patterns: N:M of each plane.
         scale_block: columns that share a scale.
         rotation: see `Planes`.
+        shared_scales: see `Planes`.
 
     Raises:
         PatternError: a pattern does not tile the rows.
-        FormatError: the rows cannot be rotated so.
+        FormatError: the rows cannot be rotated so, or planes that prune share scales.
     """
 
     layout: ClassVar[str] = "planes"
@@ -39,15 +40,19 @@ class PlanesForm:
     out_features: int
     scale_block: int
     rotation: int = 1
+    shared_scales: bool = False
 
     def __post_init__(self) -> None:
         for pattern in self.patterns:
             pattern.check(self.in_features)
         check_rotated(self.in_features, self.rotation)
+        if self.shared_scales and any(pattern.kept < pattern.group for pattern in self.patterns):
+            raise FormatError(f"planes {format_patterns(self.patterns)} share scales; only dense ones can")
 
     def __str__(self) -> str:
         sizes = f"{self.out_features}x{self.in_features}/{self.scale_block}"
-        return f"{self.layout} {format_patterns(self.patterns)} {sizes}{rotated(self.rotation)}"
+        shared = " shared" if self.shared_scales else ""
+        return f"{self.layout} {format_patterns(self.patterns)} {sizes}{rotated(self.rotation)}{shared}"
 
     @property
     def plane_bytes(self) -> list[int]:
@@ -62,15 +67,15 @@ class PlanesForm:
     @property
     def label(self) -> str:
         """As plans and reports write it."""
-        return format_patterns(self.patterns)
+        return f"{len(self.patterns)} bit" if self.shared_scales else format_patterns(self.patterns)
 
     def specs(self) -> dict[str, TensorSpec]:
         """The stored tensors by the last part of their names, in the order of `PackedPlanes`; no bias."""
-        rows, planes = self.out_features, len(self.patterns)
+        rows, kinds = self.out_features, 1 if self.shared_scales else len(self.patterns)
         return {
             CODES: TensorSpec((rows, sum(self.plane_bytes)), torch.uint8, "plane codes"),
-            SCALES: TensorSpec((rows, planes * self.blocks), torch.uint8, "plane scales"),
-            OFFSETS: TensorSpec((planes,), torch.int8, "plane scales"),
+            SCALES: TensorSpec((rows, kinds * self.blocks), torch.uint8, "plane scales"),
+            OFFSETS: TensorSpec((kinds,), torch.int8, "plane scales"),
         }
 
     def packed(self, tensors: Mapping[str, Tensor]) -> "PackedPlanes":
@@ -88,8 +93,9 @@ class PackedPlanes:
 
     Attributes:
         codes: per row, the padded code bytes of plane 0, then plane 1…
-        scales: per row, the E3M5 codes of plane 0's blocks, then plane 1's…
-        offsets: exponent offset of each plane's scales.
+        scales: per row, the E3M5 codes of plane 0's blocks, then plane 1's…; plane 0's alone where planes
+            share them.
+        offsets: exponent offset of each plane's scales, or of plane 0's.
     """
 
     form: PlanesForm
@@ -111,7 +117,8 @@ class PackedPlanes:
         planes = list(self._planes())
         signs = torch.stack([signs for signs, _ in planes])
         scales = torch.stack([scales for _, scales in planes])
-        return Planes(self.form.patterns, signs, scales, self.form.scale_block, self.form.rotation)
+        form = self.form
+        return Planes(form.patterns, signs, scales, form.scale_block, form.rotation, form.shared_scales)
 
     @torch.no_grad()
     def decode(self) -> Float[Tensor, "out in"]:
@@ -144,12 +151,12 @@ class PackedPlanes:
     def _planes(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Signs and scales, plane by plane."""
         form = self.form
+        parts, offsets = list(self.scales.split(form.blocks, 1)), self.offsets.tolist()
+        if form.shared_scales:
+            planes = range(len(form.patterns))
+            parts, offsets = [parts[0] for _ in planes], [offsets[0] - plane for plane in planes]
         for codes, pattern, scales, offset in zip(
-            self.codes.split(form.plane_bytes, 1),
-            form.patterns,
-            self.scales.split(form.blocks, 1),
-            self.offsets.tolist(),
-            strict=True,
+            self.codes.split(form.plane_bytes, 1), form.patterns, parts, offsets, strict=True
         ):
             yield unpack_signs(codes, pattern, form.in_features), decode_scales(scales, offset)
 
@@ -161,12 +168,14 @@ def pack_planes(planes: Planes) -> PackedPlanes:
         PatternError: a pattern does not tile the rows.
     """
     _, rows, columns = planes.signs.shape
-    form = PlanesForm(planes.patterns, columns, rows, planes.scale_block, planes.rotation)
+    form = PlanesForm(
+        planes.patterns, columns, rows, planes.scale_block, planes.rotation, planes.shared_scales
+    )
     codes = [pack_signs(signs, pattern) for pattern, signs in zip(planes.patterns, planes.signs, strict=True)]
-    offsets = scale_offsets(planes.scales)
-    scales = [
-        encode_scales(plane, offset) for plane, offset in zip(planes.scales, offsets.tolist(), strict=True)
-    ]
-    decoded = [decode_scales(plane, offset) for plane, offset in zip(scales, offsets.tolist(), strict=True)]
-    assert torch.equal(torch.stack(decoded), planes.scales), "scales were not rounded to the stored format"
-    return PackedPlanes(form, torch.cat(codes, 1), torch.cat(scales, 1), offsets.to(planes.signs.device))
+    kept = planes.scales[:1] if planes.shared_scales else planes.scales
+    offsets = scale_offsets(kept)
+    scales = [encode_scales(plane, offset) for plane, offset in zip(kept, offsets.tolist(), strict=True)]
+    packed = PackedPlanes(form, torch.cat(codes, 1), torch.cat(scales, 1), offsets.to(planes.signs.device))
+    decoded = torch.stack([scales for _, scales in packed._planes()])
+    assert torch.equal(decoded, planes.scales), "scales were not rounded to the stored format"
+    return packed

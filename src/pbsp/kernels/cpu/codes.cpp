@@ -182,8 +182,10 @@ void lay_out(Matrix& matrix) {
     plane.support_at = at;
     at += whole ? 0 : 8 * matrix.chunks;
     plane.chunk_bits = kChunk % plane.group ? 0 : kChunk / plane.group * plane.kept;
+    plane.scales_at = matrix.shared_scales ? 0 : number * matrix.blocks;
   }
   matrix.row_bytes = at;
+  matrix.row_scales = (matrix.shared_scales ? 1 : matrix.planes) * matrix.blocks;
 }
 
 int64_t code_bytes(const Matrix& matrix) {

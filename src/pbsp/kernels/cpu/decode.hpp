@@ -17,7 +17,7 @@ void decode_rows(const Matrix& matrix, int64_t low, int64_t high, void* dense, D
     std::memset(row, 0, matrix.chunks * kChunk * sizeof(float));
     for (int number = 0; number < matrix.planes; ++number) {
       const float* scale_of = matrix.scale_of[number];
-      const uint8_t* scales = matrix.scales + (index * matrix.planes + number) * matrix.blocks;
+      const uint8_t* scales = matrix.scales + index * matrix.row_scales + matrix.plane[number].scales_at;
       const Row expanded = expand<Isa>(matrix, matrix.plane[number], index, words, words + matrix.chunks);
       for (int64_t column = 0; column < matrix.columns; column += 16) {
         const uint64_t support = load_word(expanded.support + column / kChunk * 8) >> column % kChunk;

@@ -30,6 +30,7 @@ Matrix matrix_of(const PbspMatrix& given) {
   matrix.scale_block = std::min(given.scale_block, given.columns);
   matrix.rotation = given.rotation;
   matrix.planes = given.planes;
+  matrix.shared_scales = given.shared_scales != 0;
   for (int number = 0; number < given.planes; ++number) {
     matrix.plane[number].kept = given.patterns[2 * number];
     matrix.plane[number].group = given.patterns[2 * number + 1];
@@ -41,7 +42,7 @@ Matrix matrix_of(const PbspMatrix& given) {
 // docs/format.md: fraction · 2^k below field 1, (32 + fraction) · 2^(field − 1 + k) from there on.
 void set_scales(Matrix& matrix, const int8_t* offsets) {
   for (int number = 0; number < matrix.planes; ++number) {
-    const float unit = std::ldexp(1.0f, offsets[number]);
+    const float unit = std::ldexp(1.0f, matrix.shared_scales ? offsets[0] - number : offsets[number]);
     for (int code = 0; code < 256; ++code) {
       const int field = code >> 5;
       const int mantissa = (code & 31) + (field ? 32 : 0);
@@ -149,7 +150,7 @@ int guarded(const Work& work) {
 
 }  // namespace
 
-int pbsp_abi() { return 5; }
+int pbsp_abi() { return 6; }
 
 int pbsp_supports(const char* name) { return kernels_named(name) != nullptr; }
 

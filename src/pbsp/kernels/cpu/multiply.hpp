@@ -56,8 +56,8 @@ inline void add_plane(const Product& product, const Tile& tile, const Row (&rows
                       typename Isa::Floats (&sums)[W][X]) {
   const Matrix& matrix = *product.matrix;
   const int64_t blocks = matrix.blocks;
-  const int64_t next_scales = matrix.planes * blocks;
-  const uint8_t* scales = matrix.scales + row * next_scales + number * blocks;
+  const int64_t next_scales = matrix.row_scales;
+  const uint8_t* scales = matrix.scales + row * next_scales + matrix.plane[number].scales_at;
   const float* scale_of = matrix.scale_of[number];
   const float* units = tile.units;
   const int32_t* starts = tile.starts;

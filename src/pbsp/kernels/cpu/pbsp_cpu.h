@@ -22,6 +22,7 @@ typedef struct {
   int32_t planes;
   int32_t patterns[8]; /* N and M of each plane */
   int32_t rotation;    /* size of the Hadamard matrices of the planes' basis; 1: none */
+  int32_t shared_scales; /* not 0: each plane's scales are half of those of the one before, and stored once */
 } PbspMatrix;
 
 /* Changes when this file does. */

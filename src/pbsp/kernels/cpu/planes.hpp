@@ -26,17 +26,20 @@ struct Plane {
   int64_t signs_at;    // byte of a row where the signs begin
   int64_t support_at;  // byte of a row where the support words begin; none if kept == group
   int64_t chunk_bits;  // signs of a chunk, if all chunks have as many; else 0
+  int64_t scales_at;   // code of a row of scales where the plane's begin
 };
 
 struct Matrix {
   const uint8_t* layout;
-  const uint8_t* scales;  // E3M5 codes: per row the blocks of plane 0, then of plane 1…
+  const uint8_t* scales;  // E3M5 codes: per row the blocks of plane 0, then of plane 1…, unless they are shared
   int64_t rows;
   int64_t columns;
   int64_t row_bytes;
   int64_t chunks;
   int64_t scale_block;
   int64_t blocks;
+  int64_t row_scales;  // codes of a row
+  bool shared_scales;  // each plane's are half of those of the one before, and stored once
   int64_t rotation;  // columns of a Hadamard matrix; 1: none
   int planes;
   Plane plane[kMaxPlanes];
