@@ -19,6 +19,12 @@ def check_damping(damping: float) -> None:
         raise ConfigError(f"damping is {damping}; it must be above 0 and at most 10 (0.01 is usual)")
 
 
+def check_sweeps(sweeps: int) -> None:
+    """Raise unless it is a number of rounds of descent."""
+    if not 0 <= sweeps <= 1000:
+        raise ConfigError(f"sweeps is {sweeps}; it must be between 0 and 1000")
+
+
 def check_blocks(block: int, damping: float, *patterns: Pattern | None) -> None:
     """Raise unless blocks hold whole groups and the damping is a ridge."""
     check_damping(damping)

@@ -13,7 +13,7 @@ from pbsp.binarization.refinement import descend_integers, refit_scales
 from pbsp.binarization.rotation import check_rotation, rotate, rotate_moment, rotation_for
 from pbsp.binarization.scales import round_scales
 from pbsp.errors import ConfigError
-from pbsp.methods.checks import check_blocks
+from pbsp.methods.checks import check_blocks, check_sweeps
 from pbsp.methods.rounding import rounded_groups
 from pbsp.pruning.pattern import Pattern
 from pbsp.quantization.rows import QuantizedRows, Steps, group_columns, join_rows
@@ -58,8 +58,7 @@ class IntegerFit:
             raise ConfigError(f"bits is {self.bits}; integers have 2, 3, 4 or 8")
         check_blocks(self.block, self.damping)
         check_rotation(self.rotation)
-        if not 0 <= self.sweeps <= 1000:
-            raise ConfigError(f"sweeps is {self.sweeps}; it must be between 0 and 1000")
+        check_sweeps(self.sweeps)
 
     def compress(
         self, weight: Float[Tensor, "out in"], moment: Float[Tensor, "in in"]

@@ -13,8 +13,7 @@ from pbsp.binarization.planes import Planes, block_count, expand_scales, signs_o
 from pbsp.binarization.refinement import descend_codes, refit_scales
 from pbsp.binarization.rotation import check_rotation, rotate, rotate_moment, rotation_for
 from pbsp.binarization.scales import round_scales
-from pbsp.errors import ConfigError
-from pbsp.methods.checks import check_blocks
+from pbsp.methods.checks import check_blocks, check_sweeps
 from pbsp.pruning.pattern import Pattern, parse_patterns
 from pbsp.solver.compensation import compensated_sweep
 from pbsp.solver.hessian import damped, inverse_factor
@@ -49,8 +48,7 @@ class PlaneFit:
     def __post_init__(self) -> None:
         check_blocks(self.block, self.damping, *self.patterns)
         check_rotation(self.rotation)
-        if not 0 <= self.sweeps <= 1000:
-            raise ConfigError(f"sweeps is {self.sweeps}; it must be between 0 and 1000")
+        check_sweeps(self.sweeps)
 
     def compress(self, weight: Float[Tensor, "out in"], moment: Float[Tensor, "in in"]) -> Planes:
         """Planes that minimise tr(R S Rᵀ), R = W − Q, for the moment S of the layer's inputs.
