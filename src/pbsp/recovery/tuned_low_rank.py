@@ -5,6 +5,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from pbsp.binarization.low_rank import LowRankBinary
+from pbsp.binarization.planes import signs_of
 from pbsp.recovery.tuned_linear import LARGEST_LATENT, THRESHOLD_MARGIN, TunedLinear
 
 _RIDGE = 1e-3  # of the squared length of a factor's columns
@@ -43,7 +44,7 @@ class TunedLowRank(TunedLinear):
     def representation(self) -> LowRankBinary:
         """The matrix as it is now."""
         matrix = self._matrix
-        tuned = [_signs(latents) for latents in self._latents]
+        tuned = [signs_of(latents).to(torch.int8) for latents in self._latents]
         rows, columns = tuned or (matrix.row_signs, matrix.column_signs)
         return LowRankBinary(
             row_signs=rows,
@@ -82,8 +83,3 @@ def _leaning(signs: Tensor, other: Tensor, target: Tensor) -> Float[Tensor, "sid
     system.diagonal().add_(_RIDGE * len(other))
     wanted = torch.linalg.solve(system, (target @ other).T).T
     return signs * (signs * wanted).clamp(THRESHOLD_MARGIN, LARGEST_LATENT)
-
-
-def _signs(latents: Tensor) -> Tensor:
-    """±1, for 0 a 1."""
-    return torch.where(latents < 0, -1, 1).to(torch.int8)
