@@ -13,9 +13,9 @@ import torch
 from rich.console import Console
 
 import pbsp
+from pbsp.commands.tables import bytes_table, summary_table
 from pbsp.evaluation.report import evaluation_table
 from pbsp.generation import generate
-from pbsp.tables import bytes_table, summary_table
 
 MODEL = "smollm2-135m"
 POINTS = {"under 3 bits": "3:8+3:8+1:8", "under 1 bit": "2:8"}
