@@ -67,10 +67,11 @@ def measure(options: argparse.Namespace, rows: int, columns: int, x_rows: int, b
     if x_rows > 32:
         rotate = 0  # compute-bound: one matrix is enough
     planes = random_planes(options.pattern, rows, columns, options.scale_block)
-    layout, scales, offsets, *numbers = planes.arguments
+    layout, scales = planes.arguments[:2]
+    rest = planes.arguments[2:]
     x = torch.randn(x_rows, columns)
     packed = copies((layout, scales), rotate)
-    ours = seconds(lambda a, b: planes_linear(x, (a, b, offsets, *numbers)), packed, rounds)
+    ours = seconds(lambda a, b: planes_linear(x, (a, b, *rest)), packed, rounds)
     read = layout.nbytes + scales.nbytes
     del packed
     cells = [f"{rows}×{columns}", f"{x_rows} rows", f"{ours * 1e6:9.1f} µs"]

@@ -47,6 +47,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     loaded = load_model("smollm2-135m", dtype=torch.float32, device="cpu")
+    assert loaded.tokenizer is not None
     ids = loaded.tokenizer(options.text.read_text(encoding="utf-8"), verbose=False).input_ids
     moments = original_moments(loaded.model, torch.tensor(ids[: 16 * 1024]).view(16, 1024))
     for text in options.methods:
