@@ -9,7 +9,7 @@ from pbsp.config import Config
 from pbsp.errors import CorpusError
 from pbsp.evaluation.divergence import token_divergence
 from pbsp.packed_linear import PackedLinear
-from pbsp.recovery.model import recover_model
+from pbsp.recovery.model import _kept_bytes, recover_model
 from pbsp.recovery.tunable import Tuning
 from pbsp.recovery.tuning_file import TuningFile
 from pbsp.unfinished import Unfinished
@@ -96,14 +96,26 @@ def test_distillation_never_ends_worse(small_steps):
 
 
 def test_gradients_through_checkpoints_are_those_of_the_whole_model(small_steps, monkeypatch):
-    results = {}
-    for checkpointed in (True, False):
-        if not checkpointed:
-            monkeypatch.setattr("pbsp.recovery.model._again", lambda forward, *a, **k: forward(*a, **k))
+    results, again = {}, []
+    once = pbsp.recovery.model._again
+    monkeypatch.setattr("pbsp.recovery.model._again", lambda *a, **k: again.append(1) or once(*a, **k))
+    for most in (0, 1 << 30):
+        monkeypatch.setattr("pbsp.recovery.model._MOST_KEPT", most)
+        again.clear()
         model, original = pair("qwen2")
         recover_model(model, original, windows(9).tokens, Tuning(1, 1e-2, 0.0))
-        results[checkpointed] = divergence(original, model, windows(9).tokens)
+        results[bool(again)] = divergence(original, model, windows(9).tokens)
     assert results[True] == pytest.approx(results[False], rel=1e-6)
+
+
+def test_what_a_way_forward_keeps_grows_with_its_tokens_and_not_with_weights():
+    model, original = pair()
+    tokens = torch.arange(1, 65)
+    kept = [_kept_bytes(model, original, tokens[:length]) for length in (16, 32, 64)]
+    width, blocks = model.config.hidden_size, model.config.num_hidden_layers
+    assert kept[0] > 16 * 4 * width * blocks
+    assert kept[2] - kept[1] == pytest.approx(2 * (kept[1] - kept[0]), rel=0.1)
+    assert kept[0] < 0.3 * kept[2]
 
 
 class Stopped(Exception):  # noqa: N818

@@ -1,7 +1,7 @@
 """Distillation: tune a compressed model until it predicts what the original predicts."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from jaxtyping import Int64
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
@@ -23,6 +24,7 @@ TOKENS_A_STEP = 2048
 _HELD_OUT = 16  # one window in so many, the last ones, judges and is not trained on;
 _MOST_HELD_OUT = 8  # that is often enough to tell states apart
 _JUDGED_EVERY = 10  # steps
+_MOST_KEPT = 2 << 30  # bytes of a window's way forward; computing it again takes a fifth of a step
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,9 @@ def recover_model(
     The loss is KL(teacher ‖ model), a mean over tokens; the teacher's predictions are computed as they are
     needed. Windows come in order, about 2048 tokens a step, one window at a time through the model. Held in
     memory are both models' weights in the dtype they compute in, the gradient of the one, one window's
-    hidden states before every block, which is computed again on the way back, and logits; and for every
-    code that is tuned 16 bytes, of which the best state so far takes 4.
+    logits, and what its way back needs: at most 2 GiB, and where that is too little its hidden states before
+    every block, which is then computed again; and for every code that is tuned 16 bytes, of which the best
+    state so far takes 4.
 
     Args:
         model: compressed, in evaluation mode.
@@ -98,7 +101,9 @@ def recover_model(
         return sum(float(_divergence(model, teacher, window)) for window in judged) / held
 
     originals = _weights(teacher)
-    with tunable(model, tuning, steps=steps, originals=originals) as chosen, _checkpointed(blocks):
+    with tunable(model, tuning, steps=steps, originals=originals) as chosen, ExitStack() as stack:
+        if _kept_bytes(model, teacher, judged[0]) > _MOST_KEPT:
+            stack.enter_context(_checkpointed(blocks))
         found = kept.load(model.device) if kept else None
         if found:
             course, best = _resumed(found, chosen)
@@ -160,6 +165,21 @@ def _divergence(model: PreTrainedModel, teacher: PreTrainedModel, window: Int64[
     if not bool(torch.isfinite(mean)):
         raise CalibrationError("the divergence from the original is not finite; lower the rates of tuning")
     return mean
+
+
+def _kept_bytes(model: PreTrainedModel, teacher: PreTrainedModel, window: Int64[Tensor, "context"]) -> int:
+    """At most so many bytes a way forward keeps for the way back, weights not counted."""
+    weights = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    total = 0
+
+    def count(tensor: Tensor) -> None:
+        nonlocal total
+        if tensor.untyped_storage().data_ptr() not in weights:
+            total += tensor.nbytes
+
+    with torch.enable_grad(), saved_tensors_hooks(count, lambda _: None):
+        _divergence(model, teacher, window)
+    return total
 
 
 @contextmanager
