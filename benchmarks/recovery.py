@@ -54,7 +54,10 @@ class Recovery:
         text += ["--resume"] if Path(f"{made}.unfinished").is_dir() else []
         if kind in ("none", "block"):
             taken = ["--samples", str(options.samples), "--context", str(options.context)]
-            pbsp("compress", options.model, *SIZES[method](bits), "--recover", kind, *text, *taken)
+            planned = self.folder / f"{method}-{bits}-none" / "plan.toml"  # measured once is enough
+            known = method == "planes" and planned.is_file()
+            size = ["--plan", str(planned)] if known else SIZES[method](bits)
+            pbsp("compress", options.model, *size, "--recover", kind, *text, *taken)
         else:
             taken = ["--samples", str(options.tuned), "--context", str(options.tuned_context)]
             source = self.folder / f"{method}-{bits}-{KINDS[kind]}"
