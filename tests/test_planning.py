@@ -150,7 +150,7 @@ def test_a_preview_says_what_compress_then_does(tmp_path):
     assert found.stored_bits == pytest.approx(report.stored_bits)
     assert found.weight_bytes == weight_bytes(tmp_path / "out")
     assert f"{found.embedding_bits} bit" == report.embeddings
-    assert found.planes == pbsp.read_plan(tmp_path / "out" / "plan.toml")
+    assert found.layers == pbsp.read_plan(tmp_path / "out" / "plan.toml")
     assert found.expected_loss == report.expected_loss
     assert found.seconds > 0
     assert found.memory_bytes > found.weight_bytes

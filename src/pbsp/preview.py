@@ -35,7 +35,7 @@ class Preview:
     """What `compress` would make of a model.
 
     Attributes:
-        planes: linear layer → its planes, as a plan file has them.
+        layers: linear layer → its planes or integers, as a plan file has them.
         stored_bits: per weight of all linear layers.
         embedding_bits: of the input embedding and the head, where they can have fewer than 16.
         weight_bytes: of the weight file.
@@ -45,7 +45,7 @@ class Preview:
             is read block by block; and one block's moments.
     """
 
-    planes: dict[str, str]
+    layers: dict[str, str]
     stored_bits: float
     embedding_bits: int
     weight_bytes: int
@@ -85,7 +85,7 @@ def preview(
     windows = corpus.windows(tokenizer, model, progress=partial(progress, "sample"))
     planned = make_plan(model, blocks, config, windows.tokens, progress=partial(progress, "plan"))
     return Preview(
-        planes=written_plan(planned.plan),
+        layers=written_plan(planned.plan),
         stored_bits=planned_bits(model, planned.plan, method.block),
         embedding_bits=planned.embedding_bits,
         weight_bytes=file_bytes(model, planned.plan, config, planned.embedding_bits),

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from pbsp.binarization.planes import signs_of
 from pbsp.errors import CalibrationError
 
 _POWER_STEPS = 5
@@ -80,12 +81,7 @@ def project(matrix: Float[Tensor, "side rank"]) -> Float[Tensor, "side rank"]:
     for _ in range(_POWER_STEPS):
         left = normalize(magnitudes @ right, dim=0)
         right = normalize(magnitudes.T @ left, dim=0)
-    return signs(matrix) * torch.outer(magnitudes @ right, right)
-
-
-def signs(matrix: Float[Tensor, "side rank"]) -> Float[Tensor, "side rank"]:
-    """±1, for 0 a 1."""
-    return torch.where(matrix < 0, -1.0, 1.0).to(matrix.dtype)
+    return signs_of(matrix) * torch.outer(magnitudes @ right, right)
 
 
 def fit_sides(

@@ -129,7 +129,7 @@ def _dry_run(loaded: LoadedModel, config: Config, corpus: Corpus, *, json: bool)
         print_json({"source": loaded.source, "source_bytes": loaded.source_bytes, **estimate.to_dict()})
         return
     print_tables(preview_table(estimate, loaded.source_bytes))
-    print(plan_text(estimate.planes), end="")
+    print(plan_text(estimate.layers), end="")
 
 
 def _per_block(report: CompressionReport) -> str:

@@ -15,8 +15,8 @@ from pbsp.binarization.low_rank_fit import (
     mean_scales,
     refit_column_scales,
     refit_row_scales,
-    signs,
 )
+from pbsp.binarization.planes import signs_of
 from pbsp.errors import ConfigError
 from pbsp.methods.checks import check_damping
 from pbsp.solver.hessian import damped
@@ -110,7 +110,7 @@ class Nanoquant:
             ridge=self.ridge,
         )
         row_scales, column_scales = mean_scales(rows.consensus, columns.consensus)
-        row_signs, column_signs = signs(rows.consensus), signs(columns.consensus)
+        row_signs, column_signs = signs_of(rows.consensus), signs_of(columns.consensus)
         row_scales, column_scales = size.double() * row_scales.double(), (column_scales / lengths).double()
         sums = (row_signs @ column_signs.T).double()
         for _ in range(self.refits):

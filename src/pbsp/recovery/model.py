@@ -170,14 +170,15 @@ def _divergence(model: PreTrainedModel, teacher: PreTrainedModel, window: Int64[
 def _kept_bytes(model: PreTrainedModel, teacher: PreTrainedModel, window: Int64[Tensor, "context"]) -> int:
     """At most so many bytes a way forward keeps for the way back, weights not counted."""
     weights = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    total = 0
+    total, nothing = 0, torch.empty(0)
 
-    def count(tensor: Tensor) -> None:
+    def count(tensor: Tensor) -> Tensor:
         nonlocal total
         if tensor.untyped_storage().data_ptr() not in weights:
             total += tensor.nbytes
+        return nothing
 
-    with torch.enable_grad(), saved_tensors_hooks(count, lambda _: None):
+    with torch.enable_grad(), saved_tensors_hooks(count, lambda kept: kept):
         _divergence(model, teacher, window)
     return total
 

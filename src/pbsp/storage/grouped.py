@@ -13,6 +13,7 @@ from pbsp.binarization.planes import block_count
 from pbsp.errors import FormatError
 from pbsp.pruning.pattern import Pattern, format_patterns
 from pbsp.storage.bits import CODES, TensorSpec
+from pbsp.storage.halves import check_halves, pack_halves, unpack_halves
 from pbsp.storage.packing import check_codes, pack_signs, row_bytes, unpack_signs
 from pbsp.storage.streams import check_padding, join_bits, row_tiles, split_bits, stream_bytes
 
@@ -116,8 +117,7 @@ class PackedGrouped:
         codes: per row, support and signs of each M-group as in a plane.
         members: per row, two bits for each kept weight: its group, or in a salient column whether its
             residual sign is plus.
-        scalars: bit patterns of float16, as integers: a model cast to another float dtype casts its
-            float tensors with it, and would round them.
+        scalars: see `storage.halves`.
         salient: per part, one bit for each column.
     """
 
@@ -156,7 +156,13 @@ class PackedGrouped:
         residual_signs = (2 * members.view(torch.int8) - 1) * twice.view(torch.int8)
         groups = members * (~twice).view(torch.uint8)
         return GroupedBinarization(
-            form.pattern, signs, residual_signs, groups, salient, self._float_scalars(), form.scale_block
+            form.pattern,
+            signs,
+            residual_signs,
+            groups,
+            salient,
+            unpack_halves(self.scalars),
+            form.scale_block,
         )
 
     @torch.no_grad()
@@ -207,11 +213,7 @@ class PackedGrouped:
                 )
             if int(part.residual_signs.max()) > 1:
                 raise FormatError(f"{MEMBERS} holds 2 or 3 in a salient column; a residual sign is 0 or 1")
-        if not bool(torch.isfinite(self._float_scalars()).all()):
-            raise FormatError(f"{SCALAR_BITS} holds a NaN or an infinity")
-
-    def _float_scalars(self) -> Float[Tensor, "out blocks scalars"]:
-        return self.scalars.view(torch.float16).float()
+        check_halves(self.scalars, SCALAR_BITS)
 
 
 def fits_layout(matrix: GroupedBinarization) -> bool:
@@ -237,15 +239,12 @@ def pack_grouped(matrix: GroupedBinarization) -> PackedGrouped:
     once = kept & ~twice
     assert int(matrix.groups.max()) < PAPER.groups, "a group is out of range"
     assert not bool((matrix.groups.bool() & ~once).any()), "a group is given where there is none"
-    scalars = matrix.scalars.to(torch.float16).contiguous()
-    assert torch.equal(scalars.float(), matrix.scalars), "scalars were not rounded to float16"
-    assert bool(torch.isfinite(scalars).all()), "a scalar is infinite"
     members = matrix.groups + (matrix.residual_signs > 0)
     return PackedGrouped(
         form,
         pack_signs(signs, matrix.pattern),
         join_bits(members[kept].view(rows, -1), _MEMBER_WIDTH),
-        scalars.view(torch.int16),
+        pack_halves(matrix.scalars),
         join_bits(matrix.salient.to(torch.uint8), 1),
     )
 

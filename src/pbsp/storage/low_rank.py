@@ -9,8 +9,8 @@ from jaxtyping import Float, Int8, Int16, UInt8
 from torch import Tensor
 
 from pbsp.binarization.low_rank import LowRankBinary
-from pbsp.errors import FormatError
 from pbsp.storage.bits import CODES, TensorSpec
+from pbsp.storage.halves import check_halves, pack_halves, unpack_halves
 from pbsp.storage.streams import check_padding, join_bits, split_bits, stream_bytes
 
 COLUMN_CODES = "weight_column"
@@ -66,7 +66,7 @@ class PackedLowRank:
     Attributes:
         codes: U, a bit a sign, 1 = plus.
         column_codes: V, likewise.
-        row_scales: bit patterns of float16, as integers: see `PackedGrouped`.
+        row_scales: see `storage.halves`.
         column_scales: likewise.
     """
 
@@ -94,8 +94,8 @@ class PackedLowRank:
         return LowRankBinary(
             row_signs=_signs(self.codes, rank),
             column_signs=_signs(self.column_codes, rank),
-            row_scales=self.row_scales.view(torch.float16).float(),
-            column_scales=self.column_scales.view(torch.float16).float(),
+            row_scales=unpack_halves(self.row_scales),
+            column_scales=unpack_halves(self.column_scales),
         )
 
     @torch.no_grad()
@@ -107,9 +107,8 @@ class PackedLowRank:
         """Raise FormatError unless padding is zero and every scale finite."""
         check_padding(self.codes, self.form.rank, CODES)
         check_padding(self.column_codes, self.form.rank, COLUMN_CODES)
-        for name, scales in ((ROW_SCALES, self.row_scales), (COLUMN_SCALES, self.column_scales)):
-            if not bool(torch.isfinite(scales.view(torch.float16)).all()):
-                raise FormatError(f"{name} holds a NaN or an infinity")
+        check_halves(self.row_scales, ROW_SCALES)
+        check_halves(self.column_scales, COLUMN_SCALES)
 
 
 def pack_low_rank(matrix: LowRankBinary) -> PackedLowRank:
@@ -119,17 +118,10 @@ def pack_low_rank(matrix: LowRankBinary) -> PackedLowRank:
         LowRankForm(rank, len(matrix.column_signs), rows),
         join_bits((matrix.row_signs > 0).to(torch.uint8), 1),
         join_bits((matrix.column_signs > 0).to(torch.uint8), 1),
-        _halves(matrix.row_scales),
-        _halves(matrix.column_scales),
+        pack_halves(matrix.row_scales),
+        pack_halves(matrix.column_scales),
     )
 
 
 def _signs(stream: UInt8[Tensor, "side sign_bytes"], rank: int) -> Int8[Tensor, "side rank"]:
     return (2 * split_bits(stream, 1, rank) - 1).to(torch.int8)
-
-
-def _halves(scales: Float[Tensor, "side"]) -> Int16[Tensor, "side"]:
-    halves = scales.to(torch.float16).contiguous()
-    assert torch.equal(halves.float(), scales), "scales were not rounded to float16"
-    assert bool(torch.isfinite(halves).all()), "a scale is infinite"
-    return halves.view(torch.int16)
