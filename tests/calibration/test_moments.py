@@ -32,6 +32,21 @@ def test_streaming_mean_equals_the_mean_of_outer_products():
     assert moment.tokens == 21
 
 
+@pytest.mark.parametrize("features", [1, 255, 256, 257, 600])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_mean_of_any_width_is_whole_and_symmetric(features, weighted):
+    generator = torch.Generator().manual_seed(features)
+    inputs = torch.randn(2, 9, features, generator=generator)
+    weights = torch.rand(18, generator=generator) if weighted else torch.ones(18)
+    moment = Moment()
+    for window in inputs:
+        moment.update(window, weights if weighted else None)
+    rows = inputs.reshape(-1, features).double()
+    found = moment.mean()
+    torch.testing.assert_close(found, ((weights[:, None] * rows).T @ rows / 18).float())
+    torch.testing.assert_close(found, found.T)
+
+
 @pytest.mark.parametrize("name", DENSE)
 @torch.no_grad()
 def test_moments_equal_those_of_the_models_own_forward(name):
