@@ -18,7 +18,7 @@ from pbsp.compiled import activations, kernel_name
 from pbsp.kernels.bandwidth import read_bandwidth
 from pbsp.kernels.product import planes_linear
 from pbsp.kernels.runtime import RuntimePlanes
-from pbsp.pruning.pattern import Pattern, parse_patterns
+from pbsp.pruning.pattern import PlanePattern, parse_patterns
 from pbsp.storage.planes import PackedPlanes, PlanesForm
 from pbsp.storage.streams import join_bits
 
@@ -26,8 +26,8 @@ SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (576, 576), (192, 576), (1
 SMALL = 1 << 20  # weights: a real model rotates over its layers of this size too, but through its caches
 
 
-def random_codes(pattern: Pattern, rows: int, columns: int) -> Tensor:
-    codes = torch.randint(pattern.supports << pattern.kept, (rows, columns // pattern.group))
+def random_codes(pattern: PlanePattern, rows: int, columns: int) -> Tensor:
+    codes = torch.randint(pattern.code_count, (rows, columns // pattern.group))
     return join_bits(codes, pattern.code_bits)
 
 

@@ -14,12 +14,16 @@ from pbsp.integrations.transformers import PbspQuantizationConfig, attach
 from pbsp.methods.integers import DENSE
 from pbsp.models.experts import split_experts
 from pbsp.packed_linear import PackedLinear
-from pbsp.pruning.pattern import Pattern, parse_patterns
+from pbsp.pruning.lattice import Lattice
+from pbsp.pruning.pattern import PlanePattern, parse_patterns
 from tiny import tiny_model
 
 
-def random_signs(pattern: Pattern, rows: int, columns: int, *, seed: int = 0) -> torch.Tensor:
+def random_signs(pattern: PlanePattern, rows: int, columns: int, *, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
+    if isinstance(pattern, Lattice):
+        codes = torch.randint(0, 1 << pattern.bits, (rows, columns // pattern.group), generator=generator)
+        return pattern.codes()[codes].view(rows, columns)
     noise = torch.rand(rows, columns // pattern.group, pattern.group, generator=generator)
     kept = noise.topk(pattern.kept, -1).indices
     values = 2 * torch.randint(0, 2, kept.shape, generator=generator) - 1

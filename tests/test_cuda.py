@@ -83,7 +83,7 @@ def test_codes_are_as_good_as_the_cpus(pattern):
         code = code.cpu()
         return scale * ((metric @ code) * code).sum(0) - 2 * (code * correlation).sum(0)
 
-    search = enumerated_codes if pattern.supports << pattern.kept <= 4096 else best_codes
+    search = enumerated_codes if pattern.code_count <= 4096 else best_codes
     found = search(correlation.to(GPU), metric.to(GPU), scale.to(GPU), pattern)
     if search is enumerated_codes:
         best = enumerated_codes(correlation, metric, scale, pattern)

@@ -24,7 +24,7 @@ SmolLM2-135M moves by a KL of 1.5e-7 nats a token; with int8 by 6.4e-3, and comp
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Of activations and results, by the library's numbers."""
 
-_ABI = 6
+_ABI = 7
 _REFERENCE_ONLY = ("paper", "low-rank")
 _PLACES = (
     Path(__file__).parent / "kernels" / "pbsp_cpu.so",  # installed
@@ -50,6 +50,7 @@ class MatrixStruct(ctypes.Structure):
         ("patterns", ctypes.c_int32 * (2 * _MAX_PLANES)),
         ("rotation", ctypes.c_int32),
         ("shared_scales", ctypes.c_int32),
+        ("vectors", ctypes.c_void_p * _MAX_PLANES),
     )
 
 
@@ -148,6 +149,7 @@ def _declare(opened: ctypes.CDLL) -> None:
         "pbsp_decode": [text, matrix, number, number, pointer, small, small],
         "pbsp_multiply_rows": [text, small, pointer, number, number, pointer, number, pointer, small],
         "pbsp_best_codes": [text, small, small, pointer, pointer, pointer, pointer, number, small],
+        "pbsp_best_vectors": [text, pointer, number, pointer, pointer, pointer, pointer, number, small],
         "pbsp_read": [pointer, number, small, ctypes.POINTER(ctypes.c_uint64)],
     }.items():
         getattr(opened, name).argtypes = arguments

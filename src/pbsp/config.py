@@ -13,7 +13,7 @@ from pbsp.calibration.moments import Weighting
 from pbsp.errors import ConfigError
 from pbsp.methods.integers import IntegerFit
 from pbsp.methods.table import METHODS, Method, build_method, option_types, patterns_of
-from pbsp.pruning.pattern import Pattern, parse_patterns
+from pbsp.pruning.pattern import Pattern, PlanePattern, parse_patterns
 
 AUTO = "auto"
 _TUNED = ("planes", "nanoquant", "integers")
@@ -99,7 +99,7 @@ class Config:
                 f"method {self.method} fits all rows of a layer together, and weighting attention gives the "
                 "values of each head a moment of their own; use weighting plain or gradient"
             )
-        if self.coarse and len(patterns) != 1:
+        if self.coarse and (len(patterns) != 1 or not isinstance(patterns[0], Pattern)):
             raise ConfigError(
                 f"allocation {self.coarse} takes one N:M, not the {len(patterns)} planes of "
                 f"{self.pattern or self.method}"
@@ -138,7 +138,7 @@ class Config:
             raise ConfigError(f"{given[0]} chooses among planes; it does not go with method {self.method}")
 
     @property
-    def patterns(self) -> tuple[Pattern, ...]:
+    def patterns(self) -> tuple[PlanePattern, ...]:
         """The N:M patterns of every linear layer, on average; none for a dense method."""
         return patterns_of(self.build())
 

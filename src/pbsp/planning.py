@@ -24,6 +24,7 @@ from pbsp.file_size import embedding_loss, plan_of_size
 from pbsp.methods.planes import PlaneFit
 from pbsp.models.blocks import Block
 from pbsp.models.shards import shards_of
+from pbsp.pruning.pattern import Pattern
 
 MEASURED_WINDOWS = 8
 """Windows that costs are measured on, and of which a backward pass holds hidden states at a time."""
@@ -203,9 +204,11 @@ def _chosen(
         assert costs is not None, "they were measured"
         return _within_budget(model, config, costs, tokens)
     if config.coarse:
+        (pattern,) = config.patterns
+        assert isinstance(pattern, Pattern), "the config has checked it"
         plan, coarse = coarse_plan(
             blocks,
-            config.patterns[0],
+            pattern,
             importances,
             rule=config.coarse,
             strict=config.strict,

@@ -3,9 +3,10 @@ import torch
 
 from oracles import best_code_by_enumeration
 from pbsp.binarization import codebook
-from pbsp.binarization.codebook import best_codes, enumerated_codes
-from pbsp.binarization.search import search_codes, searches
+from pbsp.binarization.codebook import best_codes, enumerated_codes, enumerated_vectors
+from pbsp.binarization.search import search_codes, search_vectors, searches
 from pbsp.compiled import KERNELS, library, loaded
+from pbsp.pruning.lattice import Lattice
 from pbsp.pruning.pattern import Pattern
 from variants import code_problem as problem
 
@@ -46,6 +47,31 @@ def test_paths_and_threads_give_the_same_codes(rows, kernel):
     assert all(torch.equal(results[0], result) for result in results[1:])
     assert ((results[0] != 0).sum(0) == 4).all()
     torch.testing.assert_close(losses(results[0], *given), losses(enumerated_codes(*given, pattern), *given))
+
+
+@pytest.mark.parametrize("bits", [8, 9, 12])
+@pytest.mark.parametrize("rows", [1, 7, 16, 17, 300])
+def test_every_path_finds_the_best_vector(bits, rows, kernel):
+    given = problem(rows, 8, seed=rows)
+    codes = Lattice(bits).codes()
+    half = codes[: len(codes) // 2]
+    tried = codes.T[:, :, None].expand(-1, -1, rows).reshape(8, -1)
+    every = losses(tried, *repeated(given, len(codes)))
+    threads = torch.get_num_threads()
+    for name in SUPPORTED:
+        kernel(name)
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            found = search_vectors(*given, half)
+            assert torch.equal(found, enumerated_vectors(*given, half.float())), name
+            torch.testing.assert_close(losses(found, *given), every.view(len(codes), rows).amin(0))
+    torch.set_num_threads(threads)
+
+
+def repeated(given, times):
+    """The same problems so many times, one copy after the other."""
+    correlation, metric, scale = given
+    return correlation.repeat(1, times), metric, scale.repeat(times)
 
 
 def test_views_are_read_as_they_are():

@@ -29,6 +29,7 @@ MAKERS = {
     "mixed": alternating,
     "rows": random_rows,
     "integers": lambda _, rows, columns, seed: random_planes(f"{2 + seed % 3} bit", rows, columns, seed=seed),
+    "lattice": lambda _, rows, columns, seed: random_planes("e8-12+e8-8", rows, columns, seed=seed),
     "low-rank": lambda _, rows, columns, seed: random_low_rank(rows, columns, 11, seed=seed),
 }
 LAYOUTS = {
@@ -36,6 +37,7 @@ LAYOUTS = {
     "mixed": {"paper", "planes"},
     "rows": {"rows"},
     "integers": {"planes"},
+    "lattice": {"planes"},
     "low-rank": {"low-rank"},
 }
 
@@ -47,6 +49,7 @@ QUICK = {
     ("gpt2", "rows"),
     ("llama", "low-rank"),
     ("qwen2", "integers"),
+    ("gpt2", "lattice"),
 }
 CASES = [
     pytest.param((name, kind), marks=() if (name, kind) in QUICK else pytest.mark.slow, id=f"{name}-{kind}")
@@ -191,7 +194,7 @@ def test_scalars_in_a_float_type_are_refused(llama):
     ("change", "message"),
     [
         ({"patterns": "5:8"}, rf"tensor {QUERY}\.weight_group "),
-        ({"patterns": "4:8+4:8"}, f"layer {QUERY}: layout paper has one pattern"),
+        ({"patterns": "4:8+4:8"}, f"layer {QUERY}: layout paper has one N:M"),
         ({"patterns": "4:9"}, f"layer {QUERY}: pattern 4:9 does not tile"),
         ({"scale_block": 64}, rf"tensor {QUERY}\.weight_scalar "),
         ({"scale_block": 49}, f"layer {QUERY}: the SHA-256"),

@@ -25,7 +25,16 @@ double choose(int n, int k) {
   return std::round(result);
 }
 
+// Vectors of a lattice's codes: any will do.
+const int8_t* vectors() {
+  static std::vector<int8_t> table;
+  while (table.size() < 8 << 12) table.push_back(static_cast<int8_t>(noise() % 9) - 4);
+  return table.data();
+}
+
+// Of N:M; of a lattice, whose N is 0, `group` is the bits of a code.
 int code_bits(int kept, int group) {
+  if (!kept) return group;
   int bits = 0;
   while (std::ldexp(1.0, bits) < choose(group, kept)) ++bits;
   return bits + kept;
@@ -35,6 +44,14 @@ int code_bits(int kept, int group) {
 void make_plane(int kept, int group, int64_t columns, uint8_t* codes, std::vector<int>& signs) {
   const int bits = code_bits(kept, group);
   int64_t at = 0;
+  for (int64_t first = 0; !kept && first < columns; first += 8) {
+    const uint64_t code = noise() % (1u << bits);
+    for (int i = 0; i < 8; ++i) signs[first + i] = vectors()[8 * code + i];
+    for (int bit = 0; bit < bits; ++bit, ++at) {
+      codes[at / 8] = static_cast<uint8_t>(codes[at / 8] | (code >> bit & 1) << at % 8);
+    }
+  }
+  if (!kept) return;
   for (int64_t first = 0; first < columns; first += group) {
     std::vector<int> places(group, 0);
     for (int left = kept, place = 0; place < group; ++place) {
@@ -95,7 +112,7 @@ void check(const Case& with) {
   int64_t code_row = 0;
   for (int plane = 0; plane < planes; ++plane) {
     const int kept = with.patterns[2 * plane], group = with.patterns[2 * plane + 1];
-    plane_bytes.push_back((with.columns / group * code_bits(kept, group) + 7) / 8);
+    plane_bytes.push_back((with.columns / (kept ? group : 8) * code_bits(kept, group) + 7) / 8);
     code_row += plane_bytes.back();
   }
   std::vector<uint8_t> codes(with.rows * code_row), scales(with.rows * planes * blocks);
@@ -116,8 +133,9 @@ void check(const Case& with) {
     }
   }
   PbspMatrix matrix{nullptr, scales.data(), offsets.data(), with.rows, with.columns, with.scale_block, planes, {},
-                    with.rotation};
+                    with.rotation, 0, {}};
   for (size_t i = 0; i < with.patterns.size(); ++i) matrix.patterns[i] = with.patterns[i];
+  for (int plane = 0; plane < planes; ++plane) matrix.vectors[plane] = with.patterns[2 * plane] ? nullptr : vectors();
   std::vector<uint8_t> layout(with.rows * pbsp_row_bytes(&matrix));
   expect(pbsp_from_codes(&matrix, codes.data(), layout.data(), 2) == 0, "memory", with, "layout");
   matrix.layout = layout.data();
@@ -200,6 +218,42 @@ void check_search(int kept, int group, int64_t rows) {
   }
 }
 
+// The best vector or negative by trying all, against what the library finds.
+void check_vectors(int64_t count, int64_t rows) {
+  const Case with{{0, 8}, rows, 8, 8};
+  std::normal_distribution<float> normal;
+  std::vector<int8_t> table(vectors(), vectors() + 8 * count);
+  std::vector<float> correlation(8 * rows), metric(64), scale(rows);
+  for (float& number : correlation) number = normal(noise);
+  for (int i = 0; i < 8; ++i) {
+    for (int j = 0; j <= i; ++j) metric[i * 8 + j] = metric[j * 8 + i] = (i == j ? 1.0f : 0.1f * normal(noise));
+  }
+  for (float& number : scale) number = std::fabs(normal(noise));
+  for (const char* kernel : {"avx512", "avx2", "neon", "portable"}) {
+    if (!pbsp_supports(kernel)) continue;
+    std::vector<float> found(8 * rows);
+    expect(pbsp_best_vectors(kernel, table.data(), count, correlation.data(), metric.data(), scale.data(), found.data(),
+                             rows, 2) == 0, "memory", with, kernel);
+    for (int64_t row = 0; row < rows; ++row) {
+      const auto loss = [&](const auto& entry) {
+        double energy = 0, dot = 0;
+        for (int i = 0; i < 8; ++i) {
+          dot += entry(i) * correlation[i * rows + row];
+          for (int j = 0; j < 8; ++j) energy += entry(i) * metric[i * 8 + j] * entry(j);
+        }
+        return scale[row] * energy - 2 * dot;
+      };
+      double best = HUGE_VAL;
+      for (int64_t index = 0; index < 2 * count; ++index) {
+        const double sign = index < count ? 1 : -1;
+        best = std::fmin(best, loss([&](int i) { return sign * table[8 * (index % count) + i]; }));
+      }
+      const double ours = loss([&](int i) { return static_cast<double>(found[i * rows + row]); });
+      expect(std::fabs(ours - best) <= 1e-3, "vectors", with, kernel);
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -220,8 +274,17 @@ int main() {
   check({{4, 8}, 3, 576, 128, 64});
   check({{3, 8, 1, 4}, 5, 48, 20, 16});
   check({{2, 8}, 2, 1024, 1024, 1024});
+  for (const int bits : {8, 9, 10, 12}) {
+    for (const int64_t columns : {8, 64, 72, 200}) {
+      for (const int64_t block : {7, 64, 128}) check({{0, bits}, 3, columns, block});
+    }
+  }
+  check({{0, 12, 0, 8}, 5, 576, 128, 64});
+  check({{4, 8, 0, 9, 2, 8}, 3, 136, 128});
+  check({{0, 8}, 300, 1024, 128});
   for (const int64_t rows : {1, 15, 33}) {
     for (int kept = 1; kept <= 6; ++kept) check_search(kept, 6, rows);
+    check_vectors(128, rows);
   }
   std::printf("%d failures\n", failures);
   return failures ? 1 : 0;

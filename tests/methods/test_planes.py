@@ -5,6 +5,7 @@ from pbsp.binarization.rotation import unrotate
 from pbsp.binarization.scales import round_scales
 from pbsp.errors import CalibrationError, PatternError
 from pbsp.methods.planes import PlaneFit
+from pbsp.pruning.lattice import Lattice
 from pbsp.pruning.pattern import Pattern, parse_patterns
 from pbsp.solver.hessian import output_error
 
@@ -18,6 +19,10 @@ def problem(rows=8, columns=64, tokens=200, seed=0):
 
 def assert_valid(planes):
     for signs, pattern in zip(planes.signs, planes.patterns, strict=True):
+        if isinstance(pattern, Lattice):
+            codes = {tuple(code) for code in pattern.codes().tolist()}
+            assert {tuple(group) for group in signs.reshape(-1, 8).tolist()} <= codes
+            continue
         kept = (signs.reshape(len(signs), -1, pattern.group) != 0).sum(2)
         assert (kept == pattern.kept).all()
     assert torch.isfinite(planes.scales).all()
@@ -25,10 +30,22 @@ def assert_valid(planes):
 
 
 @pytest.mark.parametrize(
-    "text", ["4:8", "2:8", "8:8", "1:1", "4:8+2:8", "3:8+3:8+1:8", "2:4+2:16+1:4+1:8", "4:16"]
+    "text",
+    [
+        "4:8",
+        "2:8",
+        "8:8",
+        "1:1",
+        "4:8+2:8",
+        "3:8+3:8+1:8",
+        "2:4+2:16+1:4+1:8",
+        "4:16",
+        "e8-8",
+        "e8-12+e8-9+1:4",
+    ],
 )
 @pytest.mark.parametrize("rows", [1, 3])
-def test_fit_keeps_exactly_n_of_m_and_storable_scales(text, rows):
+def test_fit_gives_codes_and_storable_scales(text, rows):
     weight, moment = problem(rows=rows)
     planes = PlaneFit(parse_patterns(text), block=32).compress(weight, moment)
     assert_valid(planes)
@@ -45,17 +62,36 @@ def test_fit_beats_magnitude_binarization_by_far():
     assert output_error(weight, fit.dense(), moment) < 0.6 * output_error(weight, naive, moment)
 
 
-def test_more_sweeps_lower_the_error():
+@pytest.mark.parametrize("text", ["4:8", "e8-10"])
+def test_more_sweeps_lower_the_error(text):
     weight, moment = problem(rows=32)
     errors = [
         output_error(
             weight,
-            PlaneFit(parse_patterns("4:8"), 32, sweeps=sweeps).compress(weight, moment).dense(),
+            PlaneFit(parse_patterns(text), 32, sweeps=sweeps).compress(weight, moment).dense(),
             moment,
         )
         for sweeps in (0, 1, 4)
     ]
     assert errors[0] > errors[1] > errors[2]
+
+
+def test_a_lattice_has_lower_errors_than_planes_of_as_many_bits():
+    weight, moment = problem(rows=64)[0], torch.eye(64)
+    for lattice, planes in (("e8-8", "8:8"), ("e8-9", "3:8"), ("e8-10", "7:8"), ("e8-8+e8-8", "8:8+8:8")):
+        texts = (lattice, planes)
+        fits = [PlaneFit(parse_patterns(text), block=32).compress(weight, moment) for text in texts]
+        bits = [sum(pattern.code_bits for pattern in fit.patterns) for fit in fits]
+        assert bits[0] == bits[1]
+        errors = [output_error(weight, fit.dense(), moment) for fit in fits]
+        assert errors[0] < errors[1]
+
+
+def test_vectors_of_a_lattice_are_found_exactly():
+    generator = torch.Generator().manual_seed(4)
+    codes = Lattice(8).codes()[torch.randint(0, 256, (6, 8), generator=generator)].view(6, 64)
+    planes = PlaneFit(parse_patterns("e8-8"), block=64, rotation=1).compress(0.75 * codes, torch.eye(64))
+    assert torch.equal(planes.dense(), 0.75 * codes)
 
 
 def test_weights_that_are_planes_already_are_found_exactly():

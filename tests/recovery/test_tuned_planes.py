@@ -10,9 +10,9 @@ from pbsp.recovery.tuned_planes import TunedPlanes, codes_of, first_latents
 from variants import layer_problem
 
 
-def planes(rows=6, columns=40, block=16):
+def planes(rows=6, columns=40, block=16, text="2:8+1:8"):
     weight, moment = layer_problem(rows=rows, columns=columns)
-    return PlaneFit(parse_patterns("2:8+1:8"), block=block, sweeps=1).compress(weight, moment), weight
+    return PlaneFit(parse_patterns(text), block=block, sweeps=1).compress(weight, moment), weight
 
 
 def shaken(tuned, seed=0):
@@ -26,8 +26,9 @@ def shaken(tuned, seed=0):
 
 
 @pytest.mark.parametrize("codes", [False, True])
-def test_untuned_planes_compute_what_the_planes_stand_for(codes):
-    fit, weight = planes()
+@pytest.mark.parametrize("text", ["2:8+1:8", "e8-9+2:8"])
+def test_untuned_planes_compute_what_the_planes_stand_for(codes, text):
+    fit, weight = planes(text=text)
     x = torch.randn(3, 5, 40, generator=torch.Generator().manual_seed(0))
     bias = torch.arange(6.0)
     tuned = TunedPlanes(fit, bias, original=weight if codes else None)
@@ -39,12 +40,13 @@ def test_untuned_planes_compute_what_the_planes_stand_for(codes):
 
 
 @pytest.mark.parametrize("codes", [False, True])
-def test_tuned_planes_store_what_they_computed_with_also_where_a_scale_turned(codes):
-    fit, weight = planes()
+@pytest.mark.parametrize("text", ["2:8+1:8", "e8-9+e8-8"])
+def test_tuned_planes_store_what_they_computed_with_also_where_a_scale_turned(codes, text):
+    fit, weight = planes(text=text)
     tuned = shaken(TunedPlanes(fit, None, original=weight if codes else None))
     assert (tuned.change < -1).any()
     stored = tuned.representation()
-    assert torch.equal(stored.keep, fit.keep) is not codes
+    assert torch.equal(stored.signs.abs(), fit.signs.abs()) is not codes
     assert torch.equal(tuned.weight, stored.dense())
     torch.testing.assert_close(tuned(torch.eye(40)).T, stored.dense(), rtol=1e-5, atol=1e-6)
     assert (stored.scales >= 0).all()
@@ -82,6 +84,17 @@ def test_first_latents_give_the_codes_and_lean_to_the_original():
     pruned = fit.signs == 0
     left = (rotate(weight, fit.rotation) - fit.rotated())[None].expand_as(latents)
     assert torch.equal(latents[pruned].sign(), left[pruned].sign())
+
+
+def test_first_latents_of_a_lattice_give_its_vectors_and_lean_to_the_original():
+    fit, weight = planes(rows=12, text="e8-8")
+    latents = first_latents(fit, weight)[0]
+    assert torch.equal(codes_of(latents, fit.patterns[0]), fit.signs[0])
+    wanted = (rotate(weight, fit.rotation) / fit.scales[0].repeat_interleave(16, 1)[:, :40]).view(-1, 8)
+    groups = latents.view(-1, 8)
+    before, after = (fit.signs[0].reshape(-1, 8) - wanted).norm(dim=1), (groups - wanted).norm(dim=1)
+    assert (after <= before + 1e-4).all()
+    assert after.mean() < 0.7 * before.mean()
 
 
 def test_exactly_n_of_every_m_are_kept_also_among_ties_and_zeros():

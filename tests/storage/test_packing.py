@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from oracles import code_bytes_by_integers
 from pbsp.binarization.planes import Planes
 from pbsp.errors import FormatError, PatternError
-from pbsp.pruning.pattern import Pattern
+from pbsp.pruning.lattice import Lattice
+from pbsp.pruning.pattern import Pattern, parse_patterns
 from pbsp.storage.checkpoint import LayerEntry, packed_digest
 from pbsp.storage.packing import row_bytes, unpack_signs
 from pbsp.storage.planes import pack_planes
@@ -46,12 +47,29 @@ def assert_round_trip(planes: Planes) -> None:
     assert torch.equal(back.scales, planes.scales)
 
 
-@pytest.mark.parametrize("text", PATTERNS + WIDE)
+@pytest.mark.parametrize("text", [*PATTERNS, *WIDE, "e8-8", "e8-9", "e8-10", "e8-12"])
 @pytest.mark.parametrize(("rows", "groups"), [(1, 1), (3, 7), (2, 8), (5, 9), (1, 16)])
 def test_every_pattern_comes_back_bit_for_bit(text, rows, groups):
-    columns = groups * Pattern.parse(text).group
+    columns = groups * parse_patterns(text)[0].group
     for scale_block in (1, 5, columns, columns + 1):
         assert_round_trip(random_planes(text, rows, columns, scale_block=scale_block, seed=rows))
+
+
+@pytest.mark.parametrize("bits", [8, 9, 10, 12])
+def test_a_code_of_a_lattice_is_its_vectors_place(bits):
+    lattice = Lattice(bits)
+    planes = Planes((lattice,), lattice.codes().view(1, 4, -1), torch.zeros(1, 4, 1), 1 << (bits + 1))
+    packed = pack_planes(planes)
+    for row, stored in enumerate(packed.codes):
+        number = int.from_bytes(bytes(stored.tolist()), "little")
+        codes = [number >> bits * place & (1 << bits) - 1 for place in range(1 << (bits - 2))]
+        assert codes == list(range(row << (bits - 2), (row + 1) << (bits - 2)))
+
+
+def test_what_is_no_vector_of_the_lattice_is_not_packed():
+    signs = torch.tensor([[[1, 1, 1, 1, 1, 1, 1, -1]]], dtype=torch.int8)  # their sum is no multiple of 4
+    with pytest.raises(AssertionError, match="no code of e8-8"):
+        pack_planes(Planes((Lattice(8),), signs, torch.zeros(1, 1, 1), 8))
 
 
 @settings(max_examples=60, deadline=None)
@@ -84,7 +102,7 @@ def test_bytes_are_those_of_big_integers(text):
 @pytest.mark.parametrize("text", ["1:4", "2:4", "4:8", "3:7", "4:16"])
 def test_all_codes_of_a_pattern_are_distinct_and_round_trip(text):
     pattern = Pattern.parse(text)
-    codes = pattern.supports << pattern.kept
+    codes = pattern.code_count
     stream = [code.to_bytes(row_bytes(pattern, pattern.group), "little") for code in range(codes)]
     signs = unpack_signs(
         torch.tensor([list(row) for row in stream], dtype=torch.uint8), pattern, pattern.group
@@ -122,7 +140,7 @@ def test_any_range_of_rows_decodes_on_its_own():
 def test_a_rank_beyond_the_last_support_is_refused(text):
     pattern = Pattern.parse(text)
     packed = pack_planes(random_planes(text, 3, 8 * pattern.group))
-    first_invalid = pattern.supports << pattern.kept
+    first_invalid = pattern.code_count
     assert first_invalid < 1 << pattern.code_bits
     row = first_invalid << 7 * pattern.code_bits  # as the eighth code of the last row
     packed.codes[2] = torch.tensor(list(row.to_bytes(pattern.code_bits, "little")), dtype=torch.uint8)

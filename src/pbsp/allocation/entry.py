@@ -2,12 +2,12 @@
 
 from pbsp.errors import PatternError
 from pbsp.methods.integers import DENSE, PLANE_BITS
-from pbsp.pruning.pattern import Pattern, format_patterns, parse_patterns
+from pbsp.pruning.pattern import PlanePattern, format_patterns, parse_patterns
 from pbsp.storage.layouts import Form
 from pbsp.storage.planes import PlanesForm
 from pbsp.storage.rows import RowsForm
 
-Entry = tuple[Pattern, ...] | int
+Entry = tuple[PlanePattern, ...] | int
 """The patterns of planes, or the bits of integers (see `methods.integers`)."""
 
 _INTEGERS = {f"{bits} bit": bits for bits in (*PLANE_BITS, 8)}

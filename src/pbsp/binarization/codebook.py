@@ -2,7 +2,7 @@
 
 A code is a vector of M entries, N of them ±1 and the rest 0. Up to 65,536 codes (4:16 has 29,120) are all
 scored by the compiled search; without it up to 4,096 (4:8 has 1,120), by one matrix product. Where there are
-more, single swaps and sign flips are tried until none helps.
+more, single swaps and sign flips are tried until none helps. Of a lattice the codes are its vectors.
 """
 
 from functools import lru_cache
@@ -13,10 +13,12 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from pbsp.binarization.planes import signs_of
-from pbsp.binarization.search import search_codes, searches
-from pbsp.pruning.pattern import Pattern
+from pbsp.binarization.search import search_codes, search_vectors, searches, searches_vectors
+from pbsp.pruning.lattice import Lattice
+from pbsp.pruning.pattern import Pattern, PlanePattern
 
 LARGEST_CODEBOOK = 4096
+_SCORE_BYTES = 64 << 20  # scores of vectors alive at once
 _SWAP_ROUNDS = 8  # moves per visit; later sweeps visit again
 
 
@@ -35,7 +37,7 @@ def best_codes(
     correlation: Float[Tensor, "group rows"],
     metric: Float[Tensor, "group group"],
     scale: Float[Tensor, "rows"],
-    pattern: Pattern,
+    pattern: PlanePattern,
     start: Float[Tensor, "group rows"] | None = None,
 ) -> Float[Tensor, "group rows"]:
     """For each row of a matrix the code c that minimises scale · cᵀ G c − 2 cᵀ · correlation.
@@ -50,9 +52,11 @@ def best_codes(
     The matrix's rows are the last dimension: its many rows then fill vector registers in every
     step, and torch reduces over the first dimension four times faster than over the last.
     """
+    if isinstance(pattern, Lattice):
+        return best_vectors(correlation, metric, scale, pattern)
     if searches(correlation, pattern):
         return search_codes(correlation, metric, scale, pattern)
-    if pattern.supports << pattern.kept > LARGEST_CODEBOOK:
+    if pattern.code_count > LARGEST_CODEBOOK:
         if start is None:
             start = _largest_alone(correlation, metric, scale, pattern)
         return _descend(start, correlation, metric, scale)
@@ -75,6 +79,36 @@ def enumerated_codes(
     support = _first_largest(scores.amax(0))
     signing = _first_largest(scores[:, support, torch.arange(len(support), device=support.device)])
     return codes[signing, support].T
+
+
+def best_vectors(
+    correlation: Float[Tensor, "group rows"],
+    metric: Float[Tensor, "group group"],
+    scale: Float[Tensor, "rows"],
+    lattice: Lattice,
+) -> Float[Tensor, "group rows"]:
+    """`best_codes` of a lattice: a vector and its negative have one energy, so half of them are scored."""
+    half = lattice.codes(correlation.device)[: 1 << (lattice.bits - 1)]
+    if searches_vectors(correlation):
+        return search_vectors(correlation, metric, scale, half)
+    return enumerated_vectors(correlation, metric, scale, half.to(correlation.dtype))
+
+
+def enumerated_vectors(
+    correlation: Float[Tensor, "group rows"],
+    metric: Float[Tensor, "group group"],
+    scale: Float[Tensor, "rows"],
+    vectors: Float[Tensor, "codes group"],
+) -> Float[Tensor, "group rows"]:
+    """The best of some vectors and their negatives, in torch."""
+    energy = ((vectors @ metric) * vectors).sum(1)
+    rows = max(1, _SCORE_BYTES // (4 * len(vectors)))
+    found = []
+    for part, scales in zip(correlation.split(rows, 1), scale.split(rows), strict=True):
+        scores = (vectors @ part).abs_().addmm_(-0.5 * energy[:, None], scales[None])
+        best = vectors[_first_largest(scores)].T
+        found.append(best * signs_of((best * part).sum(0)))
+    return torch.cat(found, 1)
 
 
 def _first_largest(scores: Float[Tensor, "choices rows"]) -> Int64[Tensor, "rows"]:

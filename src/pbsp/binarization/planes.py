@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pbsp.binarization.rotation import unrotate
 from pbsp.binarization.scales import round_scales
-from pbsp.pruning.pattern import Pattern
+from pbsp.pruning.pattern import PlanePattern
 
 
 @dataclass(frozen=True)
@@ -16,8 +16,9 @@ class Planes:
     """One to four binary planes of a weight matrix.
 
     Attributes:
-        patterns: N:M of each plane.
-        signs: +1 or −1 where a plane keeps a weight, 0 where it prunes it; exactly N of every M are kept.
+        patterns: of each plane.
+        signs: +1 or −1 where a plane keeps a weight, 0 where it prunes it; exactly N of every M are kept. Of
+            a lattice, its doubled vectors.
         scales: float32, non-negative, one per plane, row and block of columns; in units of the weight.
             A finished solve holds only values that the stored 8-bit format can express (see `scales.py`).
         scale_block: columns that share a scale; the last block of a row may be shorter.
@@ -28,7 +29,7 @@ class Planes:
     Source: method.md §9 of this project; one plane is the paper's (arXiv 2502.01705) α·B⊙K with μ = 0.
     """
 
-    patterns: tuple[Pattern, ...]
+    patterns: tuple[PlanePattern, ...]
     signs: Int8[Tensor, "planes out in"]
     scales: Float[Tensor, "planes out blocks"]
     scale_block: int

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from pbsp.binarization.codebook import best_codes
 from pbsp.binarization.planes import block_count, expand_scales
-from pbsp.pruning.pattern import Pattern
+from pbsp.pruning.pattern import PlanePattern
 
 _SYSTEM_BYTES = 64 << 20  # normal equations alive at once in `refit_scales`
 _PANEL = 128  # columns after which the others' gradients are brought up to date at once
@@ -114,7 +114,7 @@ def descend_codes(
     scales: Float[Tensor, "planes out blocks"],
     hessian: Float[Tensor, "in in"],
     *,
-    patterns: tuple[Pattern, ...],
+    patterns: tuple[PlanePattern, ...],
     scale_block: int,
 ) -> Float[Tensor, "planes out in"]:
     """One sweep of coordinate descent: each M-group of each plane takes its best code, all else fixed.

@@ -1,7 +1,7 @@
 """The search for the best code of a group, compiled; `codebook` says what is looked for."""
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int8
 from torch import Tensor
 
 from pbsp.compiled import REFERENCE, check, kernel_name, library
@@ -16,7 +16,7 @@ def searches(values: Tensor, pattern: Pattern) -> bool:
     """Whether `search_codes` can be called for these correlations and is worth it."""
     if values.device.type != "cpu" or values.dtype != torch.float32 or pattern.group > _WIDEST_GROUP:
         return False
-    return pattern.supports << pattern.kept <= _MOST_CODES and kernel_name() != REFERENCE
+    return pattern.code_count <= _MOST_CODES and kernel_name() != REFERENCE
 
 
 def search_codes(
@@ -44,3 +44,31 @@ def search_codes(
         )
     )
     return codes
+
+
+def searches_vectors(values: Tensor) -> bool:
+    """Whether `search_vectors` can be called for these correlations."""
+    return values.device.type == "cpu" and values.dtype == torch.float32 and kernel_name() != REFERENCE
+
+
+def search_vectors(
+    correlation: Float[Tensor, "group rows"],
+    metric: Float[Tensor, "group group"],
+    scale: Float[Tensor, "rows"],
+    vectors: Int8[Tensor, "codes group"],
+) -> Float[Tensor, "group rows"]:
+    """See `codebook.best_vectors`; of two that fit equally the first is taken."""
+    found = torch.empty_like(correlation, memory_format=torch.contiguous_format)
+    given = [tensor.contiguous() for tensor in (correlation, metric, scale)]
+    check(
+        library().pbsp_best_vectors(
+            kernel_name().encode(),
+            vectors.data_ptr(),
+            len(vectors),
+            *(tensor.data_ptr() for tensor in given),
+            found.data_ptr(),
+            correlation.shape[1],
+            torch.get_num_threads(),
+        )
+    )
+    return found

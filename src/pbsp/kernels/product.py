@@ -14,8 +14,7 @@ from torch import Tensor
 
 from pbsp.binarization.rotation import rotate, unrotate
 from pbsp.compiled import ACTIVATIONS, DTYPES, activations, check, kernel_name, library
-from pbsp.kernels.runtime import MatrixArguments, RuntimePlanes, matrix_struct
-from pbsp.pruning.pattern import Pattern
+from pbsp.kernels.runtime import MatrixArguments, RuntimePlanes, matrix_struct, patterns_of
 from pbsp.storage.planes import PlanesForm
 from pbsp.storage.streams import row_tiles
 
@@ -135,6 +134,6 @@ def _dense_product(x: Tensor, planes: RuntimePlanes, bias: Tensor | None) -> Ten
 
 def _planes(matrix: MatrixArguments) -> RuntimePlanes:
     layout, scales, offsets, patterns, columns, scale_block, rotation = matrix
-    planes = tuple(Pattern(*pair) for pair in zip(patterns[::2], patterns[1::2], strict=True))
+    planes = patterns_of(patterns)
     form = PlanesForm(planes, columns, layout.shape[0], scale_block, rotation, len(offsets) < len(planes))
     return RuntimePlanes(form, layout, scales, offsets)

@@ -12,10 +12,13 @@ from jaxtyping import Float, Int8, UInt8
 from torch import Tensor
 
 from pbsp.compiled import DTYPES, MatrixStruct, check, kernel_name, library
+from pbsp.pruning.lattice import Lattice
+from pbsp.pruning.pattern import Pattern, PlanePattern
 from pbsp.storage.planes import PackedPlanes, PlanesForm
 
 MatrixArguments = tuple[Tensor, Tensor, Tensor, list[int], int, int, int]
-"""What operators know: layout, scales, offsets, N and M by plane, columns, scale block, rotation."""
+"""What operators know: layout, scales, offsets, N and M by plane (of a lattice: 0 and the bits of its codes),
+columns, scale block, rotation."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +92,18 @@ class RuntimePlanes:
 
 def form_numbers(form: PlanesForm) -> tuple[list[int], int, int, int]:
     """The last four of `MatrixArguments`."""
-    patterns = [number for pattern in form.patterns for number in (pattern.kept, pattern.group)]
+    patterns = [number for pattern in form.patterns for number in _numbers(pattern)]
     return patterns, form.in_features, form.scale_block, form.rotation
+
+
+def patterns_of(numbers: list[int]) -> tuple[PlanePattern, ...]:
+    """The planes that the first of `form_numbers` stand for."""
+    pairs = zip(numbers[::2], numbers[1::2], strict=True)
+    return tuple(Pattern(kept, group) if kept else Lattice(group) for kept, group in pairs)
+
+
+def _numbers(pattern: PlanePattern) -> tuple[int, int]:
+    return (0, pattern.bits) if isinstance(pattern, Lattice) else (pattern.kept, pattern.group)
 
 
 def matrix_struct(
@@ -116,4 +129,8 @@ def matrix_struct(
         tuple(patterns),
         rotation,
         len(offsets) < len(patterns) // 2,
+        tuple(
+            Lattice(bits).codes().data_ptr() if kept == 0 else None  # their cache keeps them in memory
+            for kept, bits in zip(patterns[::2], patterns[1::2], strict=True)
+        ),
     )

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from pbsp.errors import ConfigError
-from pbsp.pruning.pattern import Pattern
+from pbsp.pruning.pattern import PlanePattern
 
 
 def check_choices(method: object, choices: Mapping[str, tuple[str, ...]]) -> None:
@@ -25,7 +25,7 @@ def check_sweeps(sweeps: int) -> None:
         raise ConfigError(f"sweeps is {sweeps}; it must be between 0 and 1000")
 
 
-def check_blocks(block: int, damping: float, *patterns: Pattern | None) -> None:
+def check_blocks(block: int, damping: float, *patterns: PlanePattern | None) -> None:
     """Raise unless blocks hold whole groups and the damping is a ridge."""
     check_damping(damping)
     if block < 1:

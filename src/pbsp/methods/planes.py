@@ -14,7 +14,8 @@ from pbsp.binarization.refinement import descend_codes, refit_scales
 from pbsp.binarization.rotation import check_rotation, rotate, rotate_moment, rotation_for
 from pbsp.binarization.scales import round_scales
 from pbsp.methods.checks import check_blocks, check_sweeps
-from pbsp.pruning.pattern import Pattern, parse_patterns
+from pbsp.pruning.lattice import Lattice
+from pbsp.pruning.pattern import PlanePattern, parse_patterns
 from pbsp.solver.compensation import compensated_sweep
 from pbsp.solver.hessian import damped, inverse_factor
 
@@ -39,7 +40,7 @@ class PlaneFit:
 
     rows_interact: ClassVar[bool] = False
     weighting: ClassVar[str] = "attention"
-    patterns: tuple[Pattern, ...] = parse_patterns("3:8+3:8+1:8")
+    patterns: tuple[PlanePattern, ...] = parse_patterns("3:8+3:8+1:8")
     block: int = 128
     damping: float = 0.01
     sweeps: int = 3
@@ -75,18 +76,17 @@ class PlaneFit:
         return Planes(self.patterns, signs.to(torch.int8), scales.float(), self.block, rotation)
 
     def _first_scales(self, weight: Tensor) -> Tensor:
-        """Each plane's mean kept magnitude per row and block, on the residual of the planes before it."""
+        """Each plane's best scales for the nearest codes, on the residual of the planes before it.
+
+        For N:M that is the mean magnitude of what is kept.
+        """
         columns = weight.shape[1]
         padding = block_count(columns, self.block) * self.block - columns
         residual = weight
         scales = []
         for pattern in self.patterns:
-            grouped = residual.view(len(residual), -1, pattern.group)
-            kept = grouped.abs().topk(pattern.kept, dim=2).indices
-            signs = (
-                torch.zeros_like(grouped).scatter_(2, kept, signs_of(grouped.gather(2, kept))).view_as(weight)
-            )
-            pairs = torch.stack([residual * signs, signs.abs()])
+            signs = _nearest(residual, pattern, self.block)
+            pairs = torch.stack([residual * signs, signs.square()])
             totals = torch.nn.functional.pad(pairs, (0, padding)).view(2, len(weight), -1, self.block).sum(-1)
             scales.append(totals[0] / totals[1].clamp_min(1))
             residual = residual - signs * expand_scales(scales[-1], self.block, columns)
@@ -122,3 +122,18 @@ class PlaneFit:
         scales = refit_scales(weight, signs, hessian, self.block)
         signs = signs * expand_scales(signs_of(scales), self.block, weight.shape[1])
         return signs, round_scales(scales.abs()).to(weight.dtype)
+
+
+def _nearest(weight: Tensor, pattern: PlanePattern, block: int) -> Tensor:
+    """The code nearest to every group: of N:M at whatever scale is best, of a lattice at a usual one."""
+    grouped = weight.view(len(weight), -1, pattern.group)
+    if not isinstance(pattern, Lattice):
+        kept = grouped.abs().topk(pattern.kept, dim=2).indices
+        signs = torch.zeros_like(grouped).scatter_(2, kept, signs_of(grouped.gather(2, kept)))
+        return signs.view_as(weight)
+    columns = weight.shape[1]
+    whole = torch.nn.functional.pad(weight.square(), (0, block_count(columns, block) * block - columns))
+    spread = whole.view(len(weight), -1, block).mean(2).sqrt().clamp_min(1e-30)
+    units = (weight / expand_scales(spread * pattern.first_scale, block, columns)).view(-1, pattern.group).T
+    white = torch.eye(pattern.group, dtype=weight.dtype, device=weight.device)
+    return best_codes(units.contiguous(), white, torch.ones_like(units[0]), pattern).T.reshape(weight.shape)

@@ -21,7 +21,8 @@ from pbsp.methods.planes import PlaneFit
 from pbsp.methods.prune_then_binarize import PruneThenBinarize
 from pbsp.methods.rtn import Rtn
 from pbsp.methods.stbllm import Stbllm
-from pbsp.pruning.pattern import Pattern
+from pbsp.pruning.lattice import Lattice
+from pbsp.pruning.pattern import PlanePattern
 from pbsp.quantization.integers import IntegerGroups
 from pbsp.quantization.rows import QuantizedRows
 
@@ -61,7 +62,7 @@ _PATTERN_FIELDS = ("patterns", "pattern")
 
 
 def build_method(
-    name: str, patterns: tuple[Pattern, ...] | None = None, options: Mapping[str, Any] | None = None
+    name: str, patterns: tuple[PlanePattern, ...] | None = None, options: Mapping[str, Any] | None = None
 ) -> Method:
     """The method of that name.
 
@@ -91,6 +92,8 @@ def build_method(
             raise ConfigError(f"method {name} takes no N:M pattern")
         if takes == "pattern" and len(patterns) > 1:
             raise ConfigError(f"method {name} takes one N:M, not {len(patterns)} planes")
+        if takes == "pattern" and any(isinstance(pattern, Lattice) for pattern in patterns):
+            raise ConfigError(f"method {name} takes N:M; codes of E8 are for method planes")
         chosen[takes] = next(iter(patterns)) if takes == "pattern" else patterns
     return kind(**chosen)
 
@@ -104,7 +107,7 @@ def option_types(name: str) -> dict[str, type]:
     }
 
 
-def patterns_of(method: Method) -> tuple[Pattern, ...]:
+def patterns_of(method: Method) -> tuple[PlanePattern, ...]:
     """The N:M patterns that a method keeps; none for dense ones."""
     patterns = getattr(method, "patterns", None)
     if patterns is not None:

@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass
 
 from pbsp.errors import PatternError
+from pbsp.pruning.lattice import Lattice
 
 MAX_PLANES = 4
 MAX_CODE_BITS = 31  # a code, its support's rank included, is unpacked as a non-negative int32
@@ -47,6 +48,11 @@ class Pattern:
         return (self.supports - 1).bit_length() + self.kept
 
     @property
+    def code_count(self) -> int:
+        """Codes that a group can have; 1,120 for 4:8."""
+        return self.supports << self.kept
+
+    @property
     def bits_per_weight(self) -> float:
         """Stored bits per weight of the codes alone, without scales and row padding; 1.375 for 4:8."""
         return self.code_bits / self.group
@@ -73,14 +79,21 @@ class Pattern:
         return Pattern(int(match[1]), int(match[2]))
 
 
-def parse_patterns(text: str) -> tuple[Pattern, ...]:
-    """The planes written as "N:M+N:M…", one to four of them, as in 4:8+2:8; PatternError otherwise."""
-    patterns = tuple(Pattern.parse(part) for part in text.split("+"))
+PlanePattern = Pattern | Lattice
+"""What a plane's groups can hold: N of M weights, or vectors of a lattice."""
+
+
+def parse_patterns(text: str) -> tuple[PlanePattern, ...]:
+    """The one to four planes written as "N:M+N:M…", or e8-BITS, as in 4:8+e8-8; PatternError otherwise."""
+    patterns = tuple(
+        Lattice.parse(part) if part.strip().startswith("e8") else Pattern.parse(part)
+        for part in text.split("+")
+    )
     if len(patterns) > MAX_PLANES:
         raise PatternError(f"{text!r} has {len(patterns)} planes; at most {MAX_PLANES} are supported")
     return patterns
 
 
-def format_patterns(patterns: tuple[Pattern, ...]) -> str:
+def format_patterns(patterns: tuple[PlanePattern, ...]) -> str:
     """The inverse of `parse_patterns`: "4:8+2:8"."""
     return "+".join(str(pattern) for pattern in patterns)

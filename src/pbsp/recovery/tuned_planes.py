@@ -6,13 +6,16 @@ import torch
 from jaxtyping import Float, Int8
 from torch import Tensor, nn
 
+from pbsp.binarization.codebook import best_codes
 from pbsp.binarization.planes import Planes, block_count, expand_scales, signs_of
 from pbsp.binarization.rotation import rotate
 from pbsp.binarization.scales import round_scales
 from pbsp.pruning.keep import keep_largest
-from pbsp.pruning.pattern import Pattern
+from pbsp.pruning.lattice import Lattice
+from pbsp.pruning.pattern import PlanePattern
 from pbsp.recovery.tuned_linear import LARGEST_LATENT, THRESHOLD_MARGIN, TunedLinear
 
+_HALVINGS = 3  # then what still has another nearest vector begins at its own
 _THRESHOLD = 0.5  # of a scale: below half of it, leaving a weight out is nearer than keeping it
 
 
@@ -91,21 +94,41 @@ def first_latents(planes: Planes, original: Float[Tensor, "out in"]) -> Float[Te
     """Latents that give the planes' codes, and else say what the other planes leave of the original.
 
     Where that and a code disagree the latent lies near the threshold on the code's side, where some steps
-    can turn it.
+    can turn it; of a lattice, somewhere between the two.
     """
     columns = planes.signs.shape[2]
     scales = expand_scales(planes.scales, planes.scale_block, columns)
     left = rotate(original.float(), planes.rotation) - planes.rotated()
     latents, left_out = [], _THRESHOLD - THRESHOLD_MARGIN
-    for signs, scale in zip(planes.signs, scales, strict=True):
+    for signs, scale, pattern in zip(planes.signs, scales, planes.patterns, strict=True):
         wanted = torch.where(scale > 0, left / scale.clamp_min(1e-30), 0.0) + signs
+        if isinstance(pattern, Lattice):
+            latents.append(_drawn_to(signs.float(), wanted, pattern))
+            continue
         kept = signs * (signs * wanted).clamp(_THRESHOLD + THRESHOLD_MARGIN, LARGEST_LATENT)
         latents.append(torch.where(signs != 0, kept, wanted.clamp(-left_out, left_out)))
     return torch.stack(latents)
 
 
-def codes_of(latents: Float[Tensor, "out in"], pattern: Pattern) -> Int8[Tensor, "out in"]:
-    """The signs of the N largest of every M consecutive entries, 0 for the others."""
+def _drawn_to(vectors: Tensor, wanted: Tensor, lattice: Lattice) -> Tensor:
+    """`wanted`, each group drawn halfway to its vector until that is the nearest one."""
+    own, latents = vectors.reshape(-1, lattice.group), wanted.reshape(-1, lattice.group)
+    for halving in range(_HALVINGS + 1):
+        other = (codes_of(latents, lattice) != own).any(1, keepdim=True)
+        latents = torch.where(other, own if halving == _HALVINGS else (latents + own) / 2, latents)
+    return latents.view_as(wanted)
+
+
+def codes_of(latents: Float[Tensor, "out in"], pattern: PlanePattern) -> Int8[Tensor, "out in"]:
+    """The signs of the N largest of every M consecutive entries, 0 for the others; of E8 the nearest."""
+    if isinstance(pattern, Lattice):
+        groups = latents.view(-1, pattern.group).T.contiguous()
+        white = torch.eye(pattern.group, device=latents.device)
+        return (
+            best_codes(groups, white, torch.ones_like(groups[0]), pattern)
+            .T.reshape(latents.shape)
+            .to(torch.int8)
+        )
     keep = keep_largest(latents.abs(), pattern.kept, pattern.group)
     return torch.where(keep, signs_of(latents), 0.0).to(torch.int8)
 

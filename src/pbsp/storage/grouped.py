@@ -52,9 +52,9 @@ class GroupedForm:
     salient_parts: int
 
     def __post_init__(self) -> None:
-        if len(self.patterns) != 1:
+        if len(self.patterns) != 1 or not isinstance(self.patterns[0], Pattern):
             raise FormatError(
-                f"layout {self.layout} has one pattern, not {format_patterns(self.patterns) or 'none'}"
+                f"layout {self.layout} has one N:M, not {format_patterns(self.patterns) or 'none'}"
             )
         self.pattern.check(self.in_features)
         if self.out_features % self.salient_parts:

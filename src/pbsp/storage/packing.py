@@ -12,7 +12,8 @@ from jaxtyping import Int, Int8, Int64, UInt8
 from torch import Tensor
 
 from pbsp.errors import FormatError
-from pbsp.pruning.pattern import Pattern
+from pbsp.pruning.lattice import Lattice
+from pbsp.pruning.pattern import Pattern, PlanePattern
 from pbsp.storage.streams import check_padding, join_bits, row_tiles, split_bits, stream_bytes
 
 _TABLE_BYTES = 1 << 20  # the largest code table; beyond it codes are unranked arithmetically
@@ -21,23 +22,27 @@ _TILE_CODES = 1 << 17  # codes extracted at once: smaller tiles pay for calls, l
 _WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 
 
-def row_bytes(pattern: Pattern, in_features: int) -> int:
+def row_bytes(pattern: PlanePattern, in_features: int) -> int:
     """Bytes that the codes of a row take, padding included."""
     return stream_bytes(in_features // pattern.group, pattern.code_bits)
 
 
-def pack_signs(signs: Int8[Tensor, "rows in"], pattern: Pattern) -> UInt8[Tensor, "rows bytes"]:
-    """The code bytes of signs that are +1 or −1 at exactly N of every M weights and 0 elsewhere."""
-    return join_bits(_rank(signs, pattern), pattern.code_bits)
+def pack_signs(signs: Int8[Tensor, "rows in"], pattern: PlanePattern) -> UInt8[Tensor, "rows bytes"]:
+    """The code bytes of signs that are +1 or −1 at exactly N of every M weights and 0 elsewhere.
+
+    For a lattice, of its vectors.
+    """
+    codes = _find(signs, pattern) if isinstance(pattern, Lattice) else _rank(signs, pattern)
+    return join_bits(codes, pattern.code_bits)
 
 
 def unpack_signs(
-    codes: UInt8[Tensor, "rows bytes"], pattern: Pattern, in_features: int
+    codes: UInt8[Tensor, "rows bytes"], pattern: PlanePattern, in_features: int
 ) -> Int8[Tensor, "rows in"]:
     """The signs of the codes' rows; the codes must be valid (`check_codes`)."""
     signs = torch.empty(len(codes), in_features, dtype=torch.int8, device=codes.device)
     groups = in_features // pattern.group
-    tabulated = (pattern.supports << pattern.kept) * pattern.group <= _TABLE_BYTES
+    tabulated = pattern.code_count * pattern.group <= _TABLE_BYTES
     tile = _TILE_CODES if tabulated else _TILE_WEIGHTS // pattern.group
     for low, high in row_tiles(len(codes), groups, tile):
         code = split_bits(codes[low:high], pattern.code_bits, groups)
@@ -45,22 +50,50 @@ def unpack_signs(
             table = _code_table(pattern, codes.device)
             signs[low:high] = table.index_select(0, code.reshape(-1)).view(torch.int8).view(high - low, -1)
         else:
+            assert isinstance(pattern, Pattern), "lattices have few codes"
             signs[low:high] = _unrank(code, pattern).view(high - low, -1)
     return signs
 
 
-def check_codes(codes: UInt8[Tensor, "rows bytes"], pattern: Pattern, in_features: int, name: str) -> None:
+def check_codes(
+    codes: UInt8[Tensor, "rows bytes"], pattern: PlanePattern, in_features: int, name: str
+) -> None:
     """Raise FormatError, with the name of what holds them, unless every code and padding bit is valid.
 
     Run once when a file is read: decoding trusts its input.
     """
     groups = in_features // pattern.group
-    valid = pattern.supports << pattern.kept
+    valid = pattern.code_count
     for low, high in row_tiles(len(codes), groups, _TILE_WEIGHTS):
         largest = int(split_bits(codes[low:high], pattern.code_bits, groups).max())
         if largest >= valid:
             raise FormatError(f"{name} holds code {largest}; pattern {pattern} has only {valid} codes")
     check_padding(codes, groups * pattern.code_bits, name)
+
+
+def _find(vectors: Int8[Tensor, "rows in"], lattice: Lattice) -> Int64[Tensor, "rows groups"]:
+    """Each group's place among the lattice's codes."""
+    keys, order = _sorted_keys(lattice, vectors.device)
+    codes = torch.empty(
+        len(vectors), vectors.shape[1] // lattice.group, dtype=torch.int64, device=vectors.device
+    )
+    for low, high in row_tiles(len(vectors), vectors.shape[1], _TILE_WEIGHTS):
+        wanted = _keys(vectors[low:high].reshape(high - low, -1, lattice.group))
+        places = torch.searchsorted(keys, wanted).clamp_max(len(keys) - 1)
+        assert torch.equal(keys[places], wanted), f"a group is no code of {lattice}"
+        codes[low:high] = order[places]
+    return codes
+
+
+@lru_cache(maxsize=16)
+def _sorted_keys(lattice: Lattice, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The keys of all codes, ascending, and whose they are."""
+    return _keys(lattice.codes(device)).sort()
+
+
+def _keys(vectors: Int8[Tensor, "*groups group"]) -> Int64[Tensor, "*groups"]:
+    """A number for each vector, no two the same."""
+    return ((vectors.long() + 4) * 9 ** torch.arange(vectors.shape[-1], device=vectors.device)).sum(-1)
 
 
 @lru_cache(maxsize=64)
@@ -109,9 +142,12 @@ def _unrank(code: Int[Tensor, "rows groups"], pattern: Pattern) -> Int8[Tensor, 
 
 
 @lru_cache(maxsize=64)
-def _code_table(pattern: Pattern, device: torch.device) -> Int[Tensor, "codes words"]:
+def _code_table(pattern: PlanePattern, device: torch.device) -> Int[Tensor, "codes words"]:
     """The signs of every code, as few wide words per code as M bytes allow: fewer elements to gather."""
-    codes = torch.arange(pattern.supports << pattern.kept, device=device)
-    signs = _unrank(codes[:, None], pattern)[:, 0]
+    if isinstance(pattern, Lattice):
+        signs = pattern.codes(device)
+    else:
+        codes = torch.arange(pattern.code_count, device=device)
+        signs = _unrank(codes[:, None], pattern)[:, 0]
     width = math.gcd(pattern.group, 8)
     return signs.view(_WORDS[width]) if width > 1 else signs

@@ -11,7 +11,7 @@ from torch import Tensor
 from pbsp.binarization.planes import Planes, block_count, expand_scales
 from pbsp.binarization.scales import decode_scales, encode_scales, scale_offsets
 from pbsp.errors import FormatError
-from pbsp.pruning.pattern import Pattern, format_patterns
+from pbsp.pruning.pattern import Pattern, PlanePattern, format_patterns
 from pbsp.storage.bits import CODES, TensorSpec, check_rotated, rotated
 from pbsp.storage.packing import check_codes, pack_signs, row_bytes, unpack_signs
 
@@ -24,7 +24,7 @@ class PlanesForm:
     """What must be known of a linear in layout `planes` to read its tensors.
 
     Attributes:
-        patterns: N:M of each plane.
+        patterns: of each plane.
         scale_block: columns that share a scale.
         rotation: see `Planes`.
         shared_scales: see `Planes`.
@@ -35,7 +35,7 @@ class PlanesForm:
     """
 
     layout: ClassVar[str] = "planes"
-    patterns: tuple[Pattern, ...]
+    patterns: tuple[PlanePattern, ...]
     in_features: int
     out_features: int
     scale_block: int
@@ -46,7 +46,7 @@ class PlanesForm:
         for pattern in self.patterns:
             pattern.check(self.in_features)
         check_rotated(self.in_features, self.rotation)
-        if self.shared_scales and any(pattern.kept < pattern.group for pattern in self.patterns):
+        if self.shared_scales and not all(_is_dense(pattern) for pattern in self.patterns):
             raise FormatError(f"planes {format_patterns(self.patterns)} share scales; only dense ones can")
 
     def __str__(self) -> str:
@@ -179,3 +179,7 @@ def pack_planes(planes: Planes) -> PackedPlanes:
     decoded = torch.stack([scales for _, scales in packed._planes()])
     assert torch.equal(decoded, planes.scales), "scales were not rounded to the stored format"
     return packed
+
+
+def _is_dense(pattern: PlanePattern) -> bool:
+    return isinstance(pattern, Pattern) and pattern.kept == pattern.group

@@ -37,11 +37,22 @@ struct Isa {
     return {raised(static_cast<uint32_t>(support), static_cast<uint32_t>(plus)),
             raised(static_cast<uint32_t>(support >> 32), static_cast<uint32_t>(plus >> 32))};
   }
+  // Raised by the largest entry.
+  static Weights vectors(const uint64_t (&of)[8]) {
+    const auto four = [&](int at) {
+      const __m256i signed_bytes =
+          _mm256_set_epi64x(static_cast<long long>(of[at + 3]), static_cast<long long>(of[at + 2]),
+                            static_cast<long long>(of[at + 1]), static_cast<long long>(of[at]));
+      return _mm256_add_epi8(signed_bytes, _mm256_set1_epi8(kLargestEntry));
+    };
+    return {four(0), four(4)};
+  }
+  static Ints raised_start(Ints start) { return _mm256_mullo_epi32(start, _mm256_set1_epi32(kLargestEntry)); }
   static Ints dot(Ints sums, const Weights& weights, const int8_t* digits) {
     const __m256i* source = reinterpret_cast<const __m256i*>(digits);
     const __m256i low = _mm256_maddubs_epi16(weights.low, _mm256_loadu_si256(source));
     const __m256i high = _mm256_maddubs_epi16(weights.high, _mm256_loadu_si256(source + 1));
-    // Four products of at most 2 · 128 fit 16 bits.
+    // Four products of at most 2 · 128, or 8 · 128, fit 16 bits.
     const __m256i pairs = _mm256_add_epi16(low, high);
     return _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
   }

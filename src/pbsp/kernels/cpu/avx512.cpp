@@ -25,6 +25,12 @@ struct Isa {
     const __m512i raised = _mm512_mask_mov_epi8(ones, support, _mm512_setzero_si512());
     return _mm512_mask_mov_epi8(raised, plus, _mm512_set1_epi8(2));
   }
+  // Raised by the largest entry.
+  static Weights vectors(const uint64_t (&of)[8]) {
+    const auto at = [&](int index) { return static_cast<long long>(of[index]); };
+    return _mm512_add_epi8(_mm512_set_epi64(at(7), at(6), at(5), at(4), at(3), at(2), at(1), at(0)), _mm512_set1_epi8(kLargestEntry));
+  }
+  static Ints raised_start(Ints start) { return _mm512_mullo_epi32(start, _mm512_set1_epi32(kLargestEntry)); }
   static Ints dot(Ints sums, Weights weights, const int8_t* digits) {
     return _mm512_dpbusd_epi32(sums, weights, _mm512_loadu_si512(digits));
   }

@@ -17,6 +17,7 @@ constexpr uint64_t kTabledSupports = 1 << 16;
 class Supports {
  public:
   explicit Supports(const Plane& plane) : kept_(plane.kept), group_(plane.group) {
+    if (plane.code_bits) return;
     choose_.assign(static_cast<size_t>(group_ + 1) * (kept_ + 1), 0);
     for (int position = 0; position <= group_; ++position) {
       at(position, 0) = 1;
@@ -146,7 +147,12 @@ void row_to_codes(const Plane& plane, const Supports& supports, const Matrix& ma
   codes.end();
 }
 
+int64_t vector_bytes(const Matrix& matrix, const Plane& plane) {
+  return (matrix.columns / kVector * plane.code_bits + 7) / 8;
+}
+
 int64_t plane_code_bytes(const Matrix& matrix, const Plane& plane, const Supports& supports) {
+  if (plane.code_bits) return vector_bytes(matrix, plane);
   return (matrix.columns / plane.group * supports.code_bits() + 7) / 8;
 }
 
@@ -178,11 +184,17 @@ void lay_out(Matrix& matrix) {
     Plane& plane = matrix.plane[number];
     const bool whole = plane.kept == plane.group;
     plane.signs_at = at;
+    plane.support_at = at;
+    plane.scales_at = matrix.shared_scales ? 0 : number * matrix.blocks;
+    if (plane.code_bits) {
+      plane.chunk_bits = 0;
+      at += matrix.chunks * plane.code_bits;
+      continue;
+    }
     at += whole ? 8 * matrix.chunks : (matrix.columns / plane.group * plane.kept + 7) / 8;
     plane.support_at = at;
     at += whole ? 0 : 8 * matrix.chunks;
     plane.chunk_bits = kChunk % plane.group ? 0 : kChunk / plane.group * plane.kept;
-    plane.scales_at = matrix.shared_scales ? 0 : number * matrix.blocks;
   }
   matrix.row_bytes = at;
   matrix.row_scales = (matrix.shared_scales ? 1 : matrix.planes) * matrix.blocks;
@@ -201,6 +213,10 @@ void codes_to_layout(const Matrix& matrix, const uint8_t* codes, uint8_t* layout
                                        const uint8_t* source) {
     uint8_t* target = layout + row * matrix.row_bytes;
     if (plane.signs_at == 0) std::memset(target, 0, matrix.row_bytes);
+    if (plane.code_bits) {
+      std::memcpy(target + plane.signs_at, source, vector_bytes(matrix, plane));
+      return;
+    }
     const uint8_t* end = source + plane_code_bytes(matrix, plane, supports);
     row_to_layout(plane, supports, matrix.columns, Reader(source, end), target);
   });
@@ -209,6 +225,10 @@ void codes_to_layout(const Matrix& matrix, const uint8_t* codes, uint8_t* layout
 void layout_to_codes(const Matrix& matrix, uint8_t* codes, int threads) {
   for_rows(matrix, codes, threads, [&](const Plane& plane, const Supports& supports, int64_t row,
                                        uint8_t* target) {
+    if (plane.code_bits) {
+      std::memcpy(target, matrix.layout + row * matrix.row_bytes + plane.signs_at, vector_bytes(matrix, plane));
+      return;
+    }
     row_to_codes(plane, supports, matrix, matrix.layout + row * matrix.row_bytes, target);
   });
 }

@@ -10,7 +10,9 @@
 //   Ints, Floats, Weights          lanes of int32 and float; 64 weights of −1, 0 or 1
 //   deposit(bits, mask)            the low bits, spread to where the mask has ones
 //   weights(support, plus)         from a bit for each weight
-//   dot(sums, weights, digits)     adds 64 products; each weight counts one more than it is if kLanes > 0
+//   vectors(words)                 from eight words of eight signed bytes
+//   dot(sums, weights, digits)     adds 64 products; each weight counts one more than it is if kLanes > 0, those of
+//                                  vectors kLargestEntry more: `raised_start` is the start for them
 //   load, zero, to_float, broadcast, multiply, multiply_add, total
 //   add_16(support, plus, scale, row)   row[i] ± scale for 16 weights
 #pragma once
@@ -28,7 +30,8 @@ namespace {
 template <class Isa>
 constexpr Kernels kernels_of() {
   return {Isa::kName, Isa::kTileRows, Isa::kLanes, prepare_tile<Isa>, multiply_rows<Isa>, decode_rows<Isa>,
-          multiply_quantized<ByteRows>, multiply_quantized<NibbleRows>, search_codes<Isa>};
+          multiply_quantized<ByteRows>, multiply_quantized<NibbleRows>, search_codes<Isa>,
+          search_vectors<Isa>};
 }
 
 }  // namespace

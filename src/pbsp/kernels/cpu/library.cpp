@@ -32,8 +32,13 @@ Matrix matrix_of(const PbspMatrix& given) {
   matrix.planes = given.planes;
   matrix.shared_scales = given.shared_scales != 0;
   for (int number = 0; number < given.planes; ++number) {
-    matrix.plane[number].kept = given.patterns[2 * number];
-    matrix.plane[number].group = given.patterns[2 * number + 1];
+    Plane& plane = matrix.plane[number];
+    plane.kept = given.patterns[2 * number];
+    plane.group = given.patterns[2 * number + 1];
+    if (plane.kept) continue;
+    plane.code_bits = plane.group;
+    plane.group = kVector;
+    plane.vectors = given.vectors[number];
   }
   lay_out(matrix);
   return matrix;
@@ -138,6 +143,21 @@ std::vector<float> half_energies(const std::vector<uint8_t>& places, int kept, i
   return found;
 }
 
+// See `VectorSearch::half_energies`.
+std::vector<float> half_energies(const int8_t* vectors, int64_t count, const float* metric) {
+  std::vector<float> found(count);
+  for (int64_t index = 0; index < count; ++index, vectors += kVector) {
+    double energy = 0;
+    for (int i = 0; i < kVector; ++i) {
+      double part = 0;
+      for (int j = 0; j < kVector; ++j) part += vectors[j] * static_cast<double>(metric[i * kVector + j]);
+      energy += vectors[i] * part;
+    }
+    found[index] = static_cast<float>(energy / 2);
+  }
+  return found;
+}
+
 template <class Work>
 int guarded(const Work& work) {
   try {
@@ -150,7 +170,7 @@ int guarded(const Work& work) {
 
 }  // namespace
 
-int pbsp_abi() { return 6; }
+int pbsp_abi() { return 7; }
 
 int pbsp_supports(const char* name) { return kernels_named(name) != nullptr; }
 
@@ -233,6 +253,17 @@ int pbsp_best_codes(const char* name, int kept, int group, const float* correlat
     const int64_t tried = static_cast<int64_t>(energies.size()) * rows;
     threads = static_cast<int>(std::clamp<int64_t>(tried / kThreadCodes, 1, threads));
     parallel(rows, kSearchRows, threads, [&](int64_t low, int64_t high) { kernels.search(search, low, high); });
+  });
+}
+
+int pbsp_best_vectors(const char* name, const int8_t* vectors, int64_t count, const float* correlation,
+                      const float* metric, const float* scale, float* found, int64_t rows, int threads) {
+  return guarded([&] {
+    const Kernels& kernels = *kernels_named(name);
+    const std::vector<float> energies = half_energies(vectors, count, metric);
+    const VectorSearch search{count, vectors, energies.data(), correlation, scale, found, rows};
+    threads = static_cast<int>(std::clamp<int64_t>(count * rows / kThreadCodes, 1, threads));
+    parallel(rows, kSearchRows, threads, [&](int64_t low, int64_t high) { kernels.search_vectors(search, low, high); });
   });
 }
 

@@ -8,26 +8,38 @@
 namespace pbsp {
 namespace {
 
+// How a plane's weights are at hand: a bit for what is kept and one for what is plus, signs that are still to be
+// spread, or codes of a lattice.
+enum class Form { kBits, kSigns, kCodes };
+
 // Sums of a block: `W` rows of the matrix, `X` rows of activations, `D` digits of each number.
 template <class Isa, int W, int X, int D>
 struct Dots {
   typename Isa::Ints at[W][X][D];
 
+  template <Form F>
   inline void start(const int32_t* starts) {
     for (int x = 0; x < X; ++x) {
       for (int digit = 0; digit < D; ++digit) {
         for (int w = 0; w < W; ++w) {
           at[w][x][digit] = Isa::kLanes ? Isa::load(starts + (x * D + digit) * Isa::kLanes) : Isa::zero();
+          if (Isa::kLanes && F == Form::kCodes) at[w][x][digit] = Isa::raised_start(at[w][x][digit]);
         }
       }
     }
   }
-  template <bool Packed>
-  inline void add(const Row (&rows)[W], int64_t chunk, const int8_t* digits) {
+  template <Form F>
+  inline void add(const Plane& plane, const Row (&rows)[W], int64_t chunk, const int8_t* digits) {
     typename Isa::Weights weights[W];
     for (int w = 0; w < W; ++w) {
+      if (F == Form::kCodes) {
+        uint64_t vectors[kChunk / kVector];
+        load_vectors(plane, rows[w].signs + plane.code_bits * chunk, vectors);
+        weights[w] = Isa::vectors(vectors);
+        continue;
+      }
       const uint64_t support = load_word(rows[w].support + 8 * chunk);
-      const uint64_t plus = Packed
+      const uint64_t plus = F == Form::kSigns
                                 ? Isa::deposit(load_word(rows[w].signs + rows[w].sign_bytes * chunk), support)
                                 : rows[w].plus[chunk];
       weights[w] = Isa::weights(support, plus);
@@ -50,14 +62,15 @@ struct Dots {
 };
 
 // Adds one plane of W rows times X rows of activations. `Chunks` is how many a scale block has, 0 for any
-// number and for blocks that are no whole chunks; `Packed`, whether signs are still to be spread.
-template <class Isa, int W, int X, int D, int Chunks, bool Packed>
+// number and for blocks that are no whole chunks.
+template <class Isa, int W, int X, int D, int Chunks, Form F>
 inline void add_plane(const Product& product, const Tile& tile, const Row (&rows)[W], int64_t row, int number,
                       typename Isa::Floats (&sums)[W][X]) {
   const Matrix& matrix = *product.matrix;
   const int64_t blocks = matrix.blocks;
   const int64_t next_scales = matrix.row_scales;
-  const uint8_t* scales = matrix.scales + row * next_scales + matrix.plane[number].scales_at;
+  const Plane& plane = matrix.plane[number];
+  const uint8_t* scales = matrix.scales + row * next_scales + plane.scales_at;
   const float* scale_of = matrix.scale_of[number];
   const float* units = tile.units;
   const int32_t* starts = tile.starts;
@@ -77,31 +90,31 @@ inline void add_plane(const Product& product, const Tile& tile, const Row (&rows
   };
   int64_t block = 0;
   for (; block < whole_blocks; ++block) {
-    dots.start(starts);
+    dots.template start<F>(starts);
     for (int chunk = 0; chunk < Chunks; ++chunk) {
-      dots.template add<Packed>(rows, block * Chunks + chunk, digits);
+      dots.template add<F>(plane, rows, block * Chunks + chunk, digits);
       digits += X * D * kChunk;
     }
     end_block(block);
   }
   int64_t segment = Chunks * whole_blocks;
   for (; block < blocks; ++block) {
-    dots.start(starts);
+    dots.template start<F>(starts);
     for (; segment < product.block_ends[block]; ++segment) {
-      dots.template add<Packed>(rows, product.segments[segment].chunk, digits);
+      dots.template add<F>(plane, rows, product.segments[segment].chunk, digits);
       digits += X * D * kChunk;
     }
     end_block(block);
   }
 }
 
-template <class Isa, int W, int X, int D, bool Packed>
+template <class Isa, int W, int X, int D, Form F>
 inline void add_blocks(const Product& product, const Tile& tile, const Row (&rows)[W], int64_t row, int number,
                        typename Isa::Floats (&sums)[W][X]) {
   switch (product.matrix->scale_block) {
-    case 2 * kChunk: return add_plane<Isa, W, X, D, 2, Packed>(product, tile, rows, row, number, sums);
-    case 3 * kChunk: return add_plane<Isa, W, X, D, 3, Packed>(product, tile, rows, row, number, sums);
-    default: return add_plane<Isa, W, X, D, 0, Packed>(product, tile, rows, row, number, sums);
+    case 2 * kChunk: return add_plane<Isa, W, X, D, 2, F>(product, tile, rows, row, number, sums);
+    case 3 * kChunk: return add_plane<Isa, W, X, D, 3, F>(product, tile, rows, row, number, sums);
+    default: return add_plane<Isa, W, X, D, 0, F>(product, tile, rows, row, number, sums);
   }
 }
 
@@ -118,10 +131,12 @@ inline void multiply_tile(const Product& product, const Tile& tile, const Row* e
   for (int number = 0; number < matrix.planes; ++number) {
     Row rows[W];
     for (int w = 0; w < W; ++w) rows[w] = expanded[w * kMaxPlanes + number];
-    if (X == 1 && !rows[0].plus) {
-      add_blocks<Isa, W, X, D, X == 1>(product, tile, rows, row, number, sums);
+    if (matrix.plane[number].code_bits) {
+      add_blocks<Isa, W, X, D, Form::kCodes>(product, tile, rows, row, number, sums);
+    } else if (X == 1 && !rows[0].plus) {
+      add_blocks<Isa, W, X, D, X == 1 ? Form::kSigns : Form::kBits>(product, tile, rows, row, number, sums);
     } else {
-      add_blocks<Isa, W, X, D, false>(product, tile, rows, row, number, sums);
+      add_blocks<Isa, W, X, D, Form::kBits>(product, tile, rows, row, number, sums);
     }
   }
   for (int w = 0; w < W; ++w) {
@@ -169,7 +184,7 @@ void multiply_rows(const Product& product, int64_t low, int64_t high, uint64_t* 
       for (int number = 0; number < matrix.planes; ++number, plus += matrix.chunks) {
         Row& expanded = rows[(row - first) * kMaxPlanes + number];
         expanded = row_of(matrix, matrix.plane[number], row);
-        if (!once || !expanded.sign_bytes) {
+        if (!matrix.plane[number].code_bits && (!once || !expanded.sign_bytes)) {
           expanded = expand<Isa>(matrix, matrix.plane[number], row, words, plus);
         }
       }

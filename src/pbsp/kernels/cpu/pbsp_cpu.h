@@ -20,9 +20,10 @@ typedef struct {
   int64_t columns;
   int64_t scale_block;
   int32_t planes;
-  int32_t patterns[8]; /* N and M of each plane */
+  int32_t patterns[8]; /* N and M of each plane; of a lattice 0 and the bits of a code, 8, 9, 10 or 12 */
   int32_t rotation;    /* size of the Hadamard matrices of the planes' basis; 1: none */
   int32_t shared_scales; /* not 0: each plane's scales are half of those of the one before, and stored once */
+  const int8_t* vectors[4]; /* of each lattice, by code: 8 entries between -4 and 4 */
 } PbspMatrix;
 
 /* Changes when this file does. */
@@ -59,6 +60,10 @@ PBSP_EXPORT int pbsp_multiply_rows(const char* name, int bits, const uint8_t* pa
  * group has at most 64 weights, and there are at most 2^20 codes. */
 PBSP_EXPORT int pbsp_best_codes(const char* name, int kept, int group, const float* correlation, const float* metric,
                                 const float* scale, float* codes, int64_t rows, int threads);
+
+/* The same where a group's code is one of `count` vectors of 8 entries between -4 and 4, or its negative. */
+PBSP_EXPORT int pbsp_best_vectors(const char* name, const int8_t* vectors, int64_t count, const float* correlation,
+                                  const float* metric, const float* scale, float* found, int64_t rows, int threads);
 
 /* Reads `count` words once, as fast as the memory gives them; the sum keeps a compiler from leaving that out. */
 PBSP_EXPORT int pbsp_read(const uint64_t* words, int64_t count, int threads, uint64_t* sum);

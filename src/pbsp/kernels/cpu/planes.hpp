@@ -1,7 +1,8 @@
 // The runtime layout of packed planes and what a product of it with activations is described by.
 //
 // A row of the layout holds, plane by plane, the signs of its kept weights as a bit stream in order of
-// position (1 = plus), then a bit for every column (1 = kept) in 64-bit words, little-endian. Where all
+// position (1 = plus), then a bit for every column (1 = kept) in 64-bit words, little-endian. Of a lattice it holds
+// the codes as they are stored, whole bytes of them for every 64 columns. Where all
 // weights of a plane are kept there are no support words, and the sign words are whole. Bits beyond the
 // last column are zero. Signs come first: a sign word that is read a few bytes too far stays in the row.
 //
@@ -14,6 +15,8 @@
 namespace pbsp {
 
 constexpr int kMaxPlanes = 4;
+constexpr int kVector = 8;        // entries of a lattice's vectors
+constexpr int kLargestEntry = 4;  // of them
 constexpr int kChunk = 64;  // columns of a support word
 constexpr int kMaxDigits = 4;
 constexpr int64_t kGroupRows = 8;  // rows of the matrix that are expanded before all activations meet them
@@ -23,7 +26,9 @@ enum class Dtype : int { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
 struct Plane {
   int kept;
   int group;
-  int64_t signs_at;    // byte of a row where the signs begin
+  int code_bits;           // of a lattice's vector; 0: the plane is N:M
+  const int8_t* vectors;   // of a lattice, by code
+  int64_t signs_at;    // byte of a row where the signs, or codes, begin
   int64_t support_at;  // byte of a row where the support words begin; none if kept == group
   int64_t chunk_bits;  // signs of a chunk, if all chunks have as many; else 0
   int64_t scales_at;   // code of a row of scales where the plane's begin
@@ -101,6 +106,17 @@ struct CodeSearch {
   int64_t rows;
 };
 
+// The best vectors of one group of every row, see search.hpp.
+struct VectorSearch {
+  int64_t count;
+  const int8_t* vectors;       // (count, kVector), −kLargestEntry to kLargestEntry; the negatives are meant, too
+  const float* half_energies;  // vᵀ G v / 2
+  const float* correlation;    // (kVector, rows)
+  const float* scale;          // (rows), not negative
+  float* found;                // (kVector, rows)
+  int64_t rows;
+};
+
 // What one instruction set offers; see isa.hpp.
 struct Kernels {
   const char* name;
@@ -113,6 +129,7 @@ struct Kernels {
   void (*bytes)(const RowProduct& product, int64_t low, int64_t high);
   void (*nibbles)(const RowProduct& product, int64_t low, int64_t high);
   void (*search)(const CodeSearch& search, int64_t low, int64_t high);
+  void (*search_vectors)(const VectorSearch& search, int64_t low, int64_t high);
 };
 
 // Words that `multiply` and `decode` are given to work in; the first `chunks` of them are ones.

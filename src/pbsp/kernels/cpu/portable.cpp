@@ -42,6 +42,12 @@ struct Isa {
     for (int i = 0; i < kChunk; ++i) result.at[i] = static_cast<int8_t>(result.at[i] - 1);
     return result;
   }
+  static Weights vectors(const uint64_t (&of)[8]) {
+    Weights result;
+    std::memcpy(result.at, of, sizeof result.at);
+    return result;
+  }
+  static Ints raised_start(Ints start) { return start; }
   static Ints dot(Ints sum, const Weights& weights, const int8_t* digits) {
     for (int i = 0; i < kChunk; ++i) sum += weights.at[i] * digits[i];
     return sum;

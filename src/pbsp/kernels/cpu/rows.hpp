@@ -31,8 +31,23 @@ struct Row {
 
 inline Row row_of(const Matrix& matrix, const Plane& plane, int64_t row) {
   const uint8_t* layout = matrix.layout + row * matrix.row_bytes;
-  const bool even = plane.kept < plane.group && plane.chunk_bits % 8 == 0;
+  const bool even = !plane.code_bits && plane.kept < plane.group && plane.chunk_bits % 8 == 0;
   return {layout + plane.support_at, nullptr, layout + plane.signs_at, even ? plane.chunk_bits / 8 : 0};
+}
+
+// The vectors of a chunk's eight codes, each as a word of eight signed bytes.
+inline void load_vectors(const Plane& plane, const uint8_t* codes, uint64_t (&vectors)[kChunk / kVector]) {
+  const uint32_t mask = (1u << plane.code_bits) - 1;
+  for (int index = 0; index < kChunk / kVector; ++index) {
+    uint16_t code;
+    if (plane.code_bits == 8) {
+      code = codes[index];
+    } else {  // every other width ends a chunk's last code at the end of two bytes
+      std::memcpy(&code, codes + index * plane.code_bits / 8, 2);
+      code = static_cast<uint16_t>(code >> index * plane.code_bits % 8 & mask);
+    }
+    std::memcpy(&vectors[index], plane.vectors + kVector * code, 8);
+  }
 }
 
 // Spreads the signs of a plane of a row to `plus`; `whole` is ones, the support of planes without a bitmap.

@@ -101,5 +101,63 @@ void search_codes(const CodeSearch& search, int64_t low, int64_t high) {
   }
 }
 
+// The same for a lattice's vectors. Multiples of the correlations are rounded once, and then only added, so that
+// here, too, all instruction sets do the same.
+template <class Isa>
+void search_vectors(const VectorSearch& search, int64_t low, int64_t high) {
+  constexpr int kLanes = Isa::kFloatLanes, kRows = kSearchRegisters * kLanes;
+  constexpr int kMultiples = 2 * kLargestEntry + 1;
+  using Floats = typename SearchTypes<kLanes>::Floats;
+  using Ints = typename SearchTypes<kLanes>::Ints;
+  alignas(64) float t[kVector][kMultiples][kRows];
+  alignas(64) float scales[kRows];
+  alignas(64) int32_t found[kRows];
+  alignas(64) int32_t minus[kRows];
+  for (int64_t row = low; row < high; row += kRows) {
+    const int64_t count = high - row < kRows ? high - row : kRows;
+    std::memset(t, 0, sizeof t);
+    std::memset(scales, 0, sizeof scales);
+    std::memcpy(scales, search.scale + row, sizeof(float) * count);
+    for (int place = 0; place < kVector; ++place) {
+      for (int multiple = 0; multiple < kMultiples; ++multiple) {
+        const float times = static_cast<float>(multiple - kLargestEntry);
+        const float* correlation = search.correlation + place * search.rows + row;
+        for (int64_t lane = 0; lane < count; ++lane) t[place][multiple][lane] = times * correlation[lane];
+      }
+    }
+    Floats scale[kSearchRegisters], best[kSearchRegisters], one;
+    Ints number[kSearchRegisters] = {}, negative[kSearchRegisters] = {}, at = {};
+    for (int r = 0; r < kSearchRegisters; ++r) {
+      std::memcpy(&scale[r], scales + r * kLanes, sizeof one);
+      best[r] = scale[r] - scale[r] - __builtin_huge_valf();
+    }
+    const int8_t* vector = search.vectors;
+    for (int64_t index = 0; index < search.count; ++index, vector += kVector) {
+      for (int r = 0; r < kSearchRegisters; ++r) {
+        Floats dot;
+        std::memcpy(&dot, t[0][vector[0] + kLargestEntry] + r * kLanes, sizeof dot);
+        for (int place = 1; place < kVector; ++place) {
+          std::memcpy(&one, t[place][vector[place] + kLargestEntry] + r * kLanes, sizeof one);
+          dot += one;
+        }
+        const Floats score = (Floats)((Ints)dot & 0x7fffffff) - search.half_energies[index] * scale[r];
+        const Ints better = score > best[r];
+        best[r] = (Floats)(((Ints)score & better) | ((Ints)best[r] & ~better));
+        number[r] = (at & better) | (number[r] & ~better);
+        negative[r] = ((Ints)dot & better) | (negative[r] & ~better);
+      }
+      at += 1;
+    }
+    std::memcpy(found, number, sizeof found);
+    std::memcpy(minus, negative, sizeof minus);
+    for (int lane = 0; lane < count; ++lane) {
+      const int8_t* chosen = search.vectors + kVector * static_cast<int64_t>(found[lane]);
+      for (int place = 0; place < kVector; ++place) {
+        search.found[place * search.rows + row + lane] = static_cast<float>(minus[lane] < 0 ? -chosen[place] : chosen[place]);
+      }
+    }
+  }
+}
+
 }  // namespace
 }  // namespace pbsp
