@@ -94,7 +94,7 @@ def test_shapes_of_a_pattern_that_does_not_tile_are_refused():
 
 
 def test_forms_of_layout_paper_that_cannot_be_are_refused():
-    with pytest.raises(FormatError, match="one pattern, not 4:8\\+2:8"):
+    with pytest.raises(FormatError, match="one N:M, not 4:8\\+2:8"):
         grouped_form("4:8+2:8", 10, 96)
     with pytest.raises(FormatError, match="3 salient_parts do not divide 10 rows"):
         grouped_form("4:8", 10, 96, parts=3)
