@@ -70,7 +70,7 @@ def compress(
     ] = None,
     plan: Annotated[str | None, typer.Option(help="The plan.toml of a compressed model, to replay.")] = None,
     pattern: Annotated[
-        str | None, typer.Option(help="Planes of all layers, N:M or several joined by +, as 4:8+2:8.")
+        str | None, typer.Option(help="Planes of all layers, N:M or e8-BITS, joined by +: 4:8+2:8.")
     ] = None,
     method: Annotated[
         str | None, typer.Option(help="planes; pbsp, the paper's own, one N:M; stbllm. See `pbsp compare`.")

@@ -14,7 +14,7 @@ PLAN_FILE = "plan.toml"
 KEPT = "16 bit"
 _TABLE = "layers"
 _HEADER = f"""\
-# Every linear layer: planes, N:M or several joined by +, as "4:8+2:8"; integers, "2 bit", "3 bit", "4 bit"
+# Every linear layer: planes, N:M or e8-BITS, joined by +, as "4:8+2:8"; integers, "2 bit", "3 bit", "4 bit"
 # or "8 bit"; "{KEPT}" leaves it as it is.
 # Replay it, changed or not, with pbsp compress --plan FILE.
 """
