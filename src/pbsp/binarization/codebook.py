@@ -94,6 +94,13 @@ def best_vectors(
     return enumerated_vectors(correlation, metric, scale, half.to(correlation.dtype))
 
 
+def nearest_vectors(values: Float[Tensor, "rows in"], lattice: Lattice) -> Float[Tensor, "rows in"]:
+    """The vector of the lattice, at scale 1, that is nearest to every group."""
+    groups = values.reshape(-1, lattice.group).T.contiguous()
+    white = torch.eye(lattice.group, dtype=values.dtype, device=values.device)
+    return best_vectors(groups, white, torch.ones_like(groups[0]), lattice).T.reshape(values.shape)
+
+
 def enumerated_vectors(
     correlation: Float[Tensor, "group rows"],
     metric: Float[Tensor, "group group"],

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pbsp.binarization.codebook import best_codes
+from pbsp.binarization.codebook import best_codes, nearest_vectors
 from pbsp.binarization.planes import Planes, block_count, expand_scales, signs_of
 from pbsp.binarization.refinement import descend_codes, refit_scales
 from pbsp.binarization.rotation import check_rotation, rotate, rotate_moment, rotation_for
@@ -134,6 +134,4 @@ def _nearest(weight: Tensor, pattern: PlanePattern, block: int) -> Tensor:
     columns = weight.shape[1]
     whole = torch.nn.functional.pad(weight.square(), (0, block_count(columns, block) * block - columns))
     spread = whole.view(len(weight), -1, block).mean(2).sqrt().clamp_min(1e-30)
-    units = (weight / expand_scales(spread * pattern.first_scale, block, columns)).view(-1, pattern.group).T
-    white = torch.eye(pattern.group, dtype=weight.dtype, device=weight.device)
-    return best_codes(units.contiguous(), white, torch.ones_like(units[0]), pattern).T.reshape(weight.shape)
+    return nearest_vectors(weight / expand_scales(spread * pattern.first_scale, block, columns), pattern)

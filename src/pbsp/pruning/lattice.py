@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import ClassVar
 
 import torch
-from jaxtyping import Int8
+from jaxtyping import Int8, Int64
 from torch import Tensor
 
 from pbsp.errors import PatternError
@@ -91,6 +91,11 @@ class Lattice:
         return Lattice(int(match[1]))
 
 
+def vector_keys(vectors: Tensor) -> Int64[Tensor, "*groups"]:
+    """Σ (v_i + 4) 9^i of each doubled vector, along the last dimension; no two are the same."""
+    return ((vectors.long() + 4) * 9 ** torch.arange(Lattice.group, device=vectors.device)).sum(-1)
+
+
 @lru_cache(maxsize=16)
 def _codes(bits: int, device: torch.device) -> Int8[Tensor, "codes group"]:
     return torch.cat([half := _shortest()[: 1 << (bits - 1)], -half]).to(torch.int8).to(device)
@@ -107,7 +112,7 @@ def _shortest() -> Tensor:
     vectors = torch.cat([even, odd])
     norms = vectors.square().sum(1)
     vectors = vectors[(vectors.sum(1) % 4 == 0) & (norms > 0) & (norms <= _LARGEST_NORM)]
-    keys = ((vectors + 4) * 9 ** torch.arange(8, device="cpu")).sum(1)
+    keys = vector_keys(vectors)
     positive = keys > 9**8 - 1 - keys  # the right side is the key of −v
     vectors, keys = vectors[positive], keys[positive]
     order = vectors.square().sum(1) * 2**32 + keys * _SCATTER % 2**32

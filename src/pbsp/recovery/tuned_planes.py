@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int8
 from torch import Tensor, nn
 
-from pbsp.binarization.codebook import best_codes
+from pbsp.binarization.codebook import nearest_vectors
 from pbsp.binarization.planes import Planes, block_count, expand_scales, signs_of
 from pbsp.binarization.rotation import rotate
 from pbsp.binarization.scales import round_scales
@@ -122,13 +122,7 @@ def _drawn_to(vectors: Tensor, wanted: Tensor, lattice: Lattice) -> Tensor:
 def codes_of(latents: Float[Tensor, "out in"], pattern: PlanePattern) -> Int8[Tensor, "out in"]:
     """The signs of the N largest of every M consecutive entries, 0 for the others; of E8 the nearest."""
     if isinstance(pattern, Lattice):
-        groups = latents.view(-1, pattern.group).T.contiguous()
-        white = torch.eye(pattern.group, device=latents.device)
-        return (
-            best_codes(groups, white, torch.ones_like(groups[0]), pattern)
-            .T.reshape(latents.shape)
-            .to(torch.int8)
-        )
+        return nearest_vectors(latents, pattern).to(torch.int8)
     keep = keep_largest(latents.abs(), pattern.kept, pattern.group)
     return torch.where(keep, signs_of(latents), 0.0).to(torch.int8)
 

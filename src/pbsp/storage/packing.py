@@ -12,7 +12,7 @@ from jaxtyping import Int, Int8, Int64, UInt8
 from torch import Tensor
 
 from pbsp.errors import FormatError
-from pbsp.pruning.lattice import Lattice
+from pbsp.pruning.lattice import Lattice, vector_keys
 from pbsp.pruning.pattern import Pattern, PlanePattern
 from pbsp.storage.streams import check_padding, join_bits, row_tiles, split_bits, stream_bytes
 
@@ -78,7 +78,7 @@ def _find(vectors: Int8[Tensor, "rows in"], lattice: Lattice) -> Int64[Tensor, "
         len(vectors), vectors.shape[1] // lattice.group, dtype=torch.int64, device=vectors.device
     )
     for low, high in row_tiles(len(vectors), vectors.shape[1], _TILE_WEIGHTS):
-        wanted = _keys(vectors[low:high].reshape(high - low, -1, lattice.group))
+        wanted = vector_keys(vectors[low:high].reshape(high - low, -1, lattice.group))
         places = torch.searchsorted(keys, wanted).clamp_max(len(keys) - 1)
         assert torch.equal(keys[places], wanted), f"a group is no code of {lattice}"
         codes[low:high] = order[places]
@@ -88,12 +88,7 @@ def _find(vectors: Int8[Tensor, "rows in"], lattice: Lattice) -> Int64[Tensor, "
 @lru_cache(maxsize=16)
 def _sorted_keys(lattice: Lattice, device: torch.device) -> tuple[Tensor, Tensor]:
     """The keys of all codes, ascending, and whose they are."""
-    return _keys(lattice.codes(device)).sort()
-
-
-def _keys(vectors: Int8[Tensor, "*groups group"]) -> Int64[Tensor, "*groups"]:
-    """A number for each vector, no two the same."""
-    return ((vectors.long() + 4) * 9 ** torch.arange(vectors.shape[-1], device=vectors.device)).sum(-1)
+    return vector_keys(lattice.codes(device)).sort()
 
 
 @lru_cache(maxsize=64)
