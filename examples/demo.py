@@ -18,7 +18,7 @@ from pbsp.evaluation.report import evaluation_table
 from pbsp.generation import generate
 
 MODEL = "smollm2-135m"
-POINTS = {"under 3 bits": "3:8+3:8+1:8", "under 1 bit": "2:8"}
+POINTS = {"under 3 bits": "e8-12+e8-8", "under 1 bit": "2:8"}
 PROMPTS = ["What is the capital of France?"]
 OUTPUT = Path("out")
 

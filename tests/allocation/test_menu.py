@@ -10,11 +10,12 @@ from pbsp.storage.layouts import pack
 from variants import layer_problem
 
 
+@pytest.mark.parametrize("block", [32, 64])
 @pytest.mark.parametrize("entry", [*MENU[:12], *MENU[-4:]])
-def test_bits_are_those_of_the_packed_tensors(entry):
-    weight, moment = layer_problem(rows=5, columns=96)
-    packed = pack(entry_fit(entry, PlaneFit(block=32, sweeps=0)).compress(weight, moment))
-    assert entry_bits(entry, 5, 96, 32) == 8 * sum(tensor.nbytes for tensor in packed.tensors().values())
+def test_bits_are_those_of_the_packed_tensors(entry, block):
+    weight, moment = layer_problem(rows=5, columns=160)
+    packed = pack(entry_fit(entry, PlaneFit(block=block, sweeps=0)).compress(weight, moment))
+    assert entry_bits(entry, 5, 160, block) == 8 * sum(tensor.nbytes for tensor in packed.tensors().values())
 
 
 @pytest.mark.parametrize("entry", MENU)

@@ -19,7 +19,7 @@ from tiny import tiny_model
         (["--pattern", "abc"], "'abc' is not a pattern"),
         (["--pattern", "4:" + "9" * 5000], "is not a pattern"),
         (["--pattern", "1:8+1:8+1:8+1:8+1:8"], "5 planes"),
-        (["--pattern", "3:10"], "multiple of 10"),
+        (["--pattern", "3:6"], "multiple of 6"),
         (["--set", "block=100"], "block is 100"),
         (["--set", "sweeps=-1"], "sweeps is -1"),
         (["--set", "sweeps"], "write NAME=VALUE"),

@@ -41,15 +41,15 @@ def fits(entry: Entry, in_features: int) -> bool:
 
 
 def entry_form(entry: Entry, out_features: int, in_features: int, block: int) -> Form:
-    """How a linear is stored; `block` is the columns that share a scale of planes.
+    """How a linear is stored; `block` is the most columns that share a scale of planes.
 
     Raises:
         PatternError, FormatError: its rows cannot be.
     """
     if isinstance(entry, tuple):
-        return PlanesForm(entry, in_features, out_features, block)
+        return PlanesForm.even(entry, in_features, out_features, block)
     if entry in PLANE_BITS:
-        return PlanesForm((DENSE,) * entry, in_features, out_features, block, shared_scales=True)
+        return PlanesForm.even((DENSE,) * entry, in_features, out_features, block, shared_scales=True)
     return RowsForm(entry, in_features, out_features)
 
 

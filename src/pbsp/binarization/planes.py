@@ -1,5 +1,6 @@
 """A matrix as a sum of N:M binary planes: Q = Σ_p a_p ⊙ K_p ⊙ B_p, the representation of layout `planes`."""
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -9,6 +10,12 @@ from torch import Tensor
 from pbsp.binarization.rotation import unrotate
 from pbsp.binarization.scales import round_scales
 from pbsp.pruning.pattern import PlanePattern
+
+SCALE_BLOCK = 640
+"""Most columns that share a scale, unless a method is told otherwise.
+
+Rotated weights are of like magnitude: narrower blocks cost more bits than they win (docs/experiments.md).
+"""
 
 
 @dataclass(frozen=True)
@@ -77,6 +84,16 @@ class Planes:
 def block_count(in_features: int, scale_block: int) -> int:
     """Scale blocks of a row: ceil(in_features / scale_block)."""
     return -(-in_features // scale_block)
+
+
+def even_block(in_features: int, most: int, *groups: int) -> int:
+    """Columns of a scale block, at most `most`, where a row is divided as evenly as whole groups allow.
+
+    Blocks are also whole 64 columns, what a kernel takes at a time, unless `most` is not.
+    """
+    unit = math.lcm(64, *groups)
+    blocks = block_count(in_features, most)
+    return min(most, -(-in_features // (blocks * unit)) * unit)
 
 
 def expand_scales(

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int8, UInt8
 from torch import Tensor
 
-from pbsp.binarization.planes import Planes, expand_scales, signs_of
+from pbsp.binarization.planes import SCALE_BLOCK, Planes, even_block, expand_scales, signs_of
 from pbsp.binarization.refinement import descend_integers, refit_scales
 from pbsp.binarization.rotation import check_rotation, rotate, rotate_moment, rotation_for
 from pbsp.binarization.scales import round_scales
@@ -34,7 +34,7 @@ class IntegerFit:
 
     Attributes:
         bits: 2, 3, 4 or 8.
-        block: columns that share a scale, but for 8 bits.
+        block: as in `PlaneFit`; 8 bits have one scale for a row.
         damping: ridge added to the moment, as a fraction of its mean diagonal.
         sweeps: rounds of coordinate descent, each followed by a joint refit of a row's scales.
         rotation: as in `PlaneFit`.
@@ -48,7 +48,7 @@ class IntegerFit:
     rows_interact: ClassVar[bool] = False
     weighting: ClassVar[str] = "attention"
     bits: int = 4
-    block: int = 128
+    block: int = SCALE_BLOCK
     damping: float = 0.01
     sweeps: int = 3
     rotation: int = 64
@@ -75,28 +75,27 @@ class IntegerFit:
         if self.bits not in PLANE_BITS:
             return QuantizedRows(rounded_rows(weight, factor, self.bits), self.bits, rotation)
         hessian = hessian.to(weight.dtype)
-        codes, _ = rounded_groups(weight, factor, partial(Steps.of, bits=self.bits), block=self.block)
+        block = even_block(weight.shape[1], self.block)
+        codes, _ = rounded_groups(weight, factor, partial(Steps.of, bits=self.bits), block=block)
         largest = 2**self.bits - 1
-        integers, steps = self._refit(weight, 2 * codes - largest, hessian)
+        integers, steps = self._refit(weight, 2 * codes - largest, hessian, block)
         for _ in range(self.sweeps):
-            integers = descend_integers(
-                weight, integers, steps, hessian, largest=largest, scale_block=self.block
-            )
-            integers, steps = self._refit(weight, integers, hessian)
+            integers = descend_integers(weight, integers, steps, hessian, largest=largest, scale_block=block)
+            integers, steps = self._refit(weight, integers, hessian, block)
         halves = 2.0 ** torch.arange(self.bits - 1, -1, -1, device=weight.device)
         return Planes(
             patterns=(DENSE,) * self.bits,
             signs=integer_planes(integers, self.bits),
             scales=steps.float() * halves[:, None, None],
-            scale_block=self.block,
+            scale_block=block,
             rotation=rotation,
             shared_scales=True,
         )
 
-    def _refit(self, weight: Tensor, integers: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor]:
+    def _refit(self, weight: Tensor, integers: Tensor, hessian: Tensor, block: int) -> tuple[Tensor, Tensor]:
         """The best steps, made non-negative by turning their integers, rounded to the stored format."""
-        steps = refit_scales(weight, integers[None], hessian, self.block)
-        turned = integers * expand_scales(signs_of(steps[0]), self.block, weight.shape[1])
+        steps = refit_scales(weight, integers[None], hessian, block)
+        turned = integers * expand_scales(signs_of(steps[0]), block, weight.shape[1])
         return turned, round_scales(steps.abs())[0].to(weight.dtype)
 
 

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pbsp.binarization.codebook import best_codes, nearest_vectors
-from pbsp.binarization.planes import Planes, block_count, expand_scales, signs_of
+from pbsp.binarization.planes import SCALE_BLOCK, Planes, block_count, even_block, expand_scales, signs_of
 from pbsp.binarization.refinement import descend_codes, refit_scales
 from pbsp.binarization.rotation import check_rotation, rotate, rotate_moment, rotation_for
 from pbsp.binarization.scales import round_scales
@@ -28,7 +28,7 @@ class PlaneFit:
 
     Attributes:
         patterns: N:M of each plane, the coarse one first.
-        block: columns that share one scale.
+        block: most columns that share one scale; a row is divided evenly, see `even_block`.
         damping: ridge added to the moment, as a fraction of its mean diagonal.
         sweeps: rounds of coordinate descent, each followed by a joint refit of all scales.
         rotation: size of the Hadamard matrices that weights and inputs are turned by, a power of four, or
@@ -40,8 +40,8 @@ class PlaneFit:
 
     rows_interact: ClassVar[bool] = False
     weighting: ClassVar[str] = "attention"
-    patterns: tuple[PlanePattern, ...] = parse_patterns("3:8+3:8+1:8")
-    block: int = 128
+    patterns: tuple[PlanePattern, ...] = parse_patterns("e8-12+e8-8")
+    block: int = SCALE_BLOCK
     damping: float = 0.01
     sweeps: int = 3
     rotation: int = 64
@@ -60,39 +60,38 @@ class PlaneFit:
         """
         for pattern in self.patterns:
             pattern.check(weight.shape[1])
+        block = even_block(weight.shape[1], self.block, *(pattern.group for pattern in self.patterns))
         rotation = rotation_for(weight.shape[1], self.rotation)
         weight = rotate(weight, rotation)
         hessian = rotate_moment(damped(moment, self.damping), rotation)
         factor = inverse_factor(hessian).to(weight.dtype)
         hessian = hessian.to(weight.dtype)
-        scales = self._first_scales(weight)
-        signs = self._compensated_codes(weight, factor, scales)
-        signs, scales = self._refit(weight, signs, hessian)
+        scales = self._first_scales(weight, block)
+        signs = self._compensated_codes(weight, factor, scales, block)
+        signs, scales = self._refit(weight, signs, hessian, block)
         for _ in range(self.sweeps):
-            signs = descend_codes(
-                weight, signs, scales, hessian, patterns=self.patterns, scale_block=self.block
-            )
-            signs, scales = self._refit(weight, signs, hessian)
-        return Planes(self.patterns, signs.to(torch.int8), scales.float(), self.block, rotation)
+            signs = descend_codes(weight, signs, scales, hessian, patterns=self.patterns, scale_block=block)
+            signs, scales = self._refit(weight, signs, hessian, block)
+        return Planes(self.patterns, signs.to(torch.int8), scales.float(), block, rotation)
 
-    def _first_scales(self, weight: Tensor) -> Tensor:
+    def _first_scales(self, weight: Tensor, block: int) -> Tensor:
         """Each plane's best scales for the nearest codes, on the residual of the planes before it.
 
         For N:M that is the mean magnitude of what is kept.
         """
         columns = weight.shape[1]
-        padding = block_count(columns, self.block) * self.block - columns
+        padding = block_count(columns, block) * block - columns
         residual = weight
         scales = []
         for pattern in self.patterns:
-            signs = _nearest(residual, pattern, self.block)
+            signs = _nearest(residual, pattern, block)
             pairs = torch.stack([residual * signs, signs.square()])
-            totals = torch.nn.functional.pad(pairs, (0, padding)).view(2, len(weight), -1, self.block).sum(-1)
+            totals = torch.nn.functional.pad(pairs, (0, padding)).view(2, len(weight), -1, block).sum(-1)
             scales.append(totals[0] / totals[1].clamp_min(1))
-            residual = residual - signs * expand_scales(scales[-1], self.block, columns)
+            residual = residual - signs * expand_scales(scales[-1], block, columns)
         return torch.stack(scales)
 
-    def _compensated_codes(self, weight: Tensor, factor: Tensor, scales: Tensor) -> Tensor:
+    def _compensated_codes(self, weight: Tensor, factor: Tensor, scales: Tensor, block: int) -> Tensor:
         """Codes under fixed scales, group after group, later columns absorbing each group's error."""
         codes = weight.new_zeros(len(self.patterns), weight.shape[1], len(weight))  # columns first
         turns = 1 if len(self.patterns) == 1 else _TURNS
@@ -104,7 +103,7 @@ class PlaneFit:
                     for low in range(columns.start, columns.stop, pattern.group):
                         group = slice(low, low + pattern.group)
                         near = slice(low - columns.start, group.stop - columns.start)
-                        scale = scales[plane, :, low // self.block].contiguous()
+                        scale = scales[plane, :, low // block].contiguous()
                         old = codes[plane, group]
                         correlation = metric[near] @ residual + metric[near, near] @ (old * scale)
                         best = best_codes(
@@ -117,10 +116,10 @@ class PlaneFit:
         compensated_sweep(weight, factor, approximate, block=math.lcm(*(p.group for p in self.patterns)))
         return codes.transpose(1, 2)
 
-    def _refit(self, weight: Tensor, signs: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor]:
+    def _refit(self, weight: Tensor, signs: Tensor, hessian: Tensor, block: int) -> tuple[Tensor, Tensor]:
         """Joint scales, made non-negative by turning their signs, rounded to the stored format."""
-        scales = refit_scales(weight, signs, hessian, self.block)
-        signs = signs * expand_scales(signs_of(scales), self.block, weight.shape[1])
+        scales = refit_scales(weight, signs, hessian, block)
+        signs = signs * expand_scales(signs_of(scales), block, weight.shape[1])
         return signs, round_scales(scales.abs()).to(weight.dtype)
 
 

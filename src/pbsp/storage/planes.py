@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int8, UInt8
 from torch import Tensor
 
-from pbsp.binarization.planes import Planes, block_count, expand_scales
+from pbsp.binarization.planes import Planes, block_count, even_block, expand_scales
 from pbsp.binarization.scales import decode_scales, encode_scales, scale_offsets
 from pbsp.errors import FormatError
 from pbsp.pruning.pattern import Pattern, PlanePattern, format_patterns
@@ -48,6 +48,19 @@ class PlanesForm:
         check_rotated(self.in_features, self.rotation)
         if self.shared_scales and not all(_is_dense(pattern) for pattern in self.patterns):
             raise FormatError(f"planes {format_patterns(self.patterns)} share scales; only dense ones can")
+
+    @staticmethod
+    def even(
+        patterns: tuple[PlanePattern, ...],
+        in_features: int,
+        out_features: int,
+        most: int,
+        *,
+        shared_scales: bool = False,
+    ) -> "PlanesForm":
+        """With a scale for at most so many columns, see `even_block`. Not rotated: that takes no bits."""
+        block = even_block(in_features, most, *(pattern.group for pattern in patterns))
+        return PlanesForm(patterns, in_features, out_features, block, shared_scales=shared_scales)
 
     def __str__(self) -> str:
         sizes = f"{self.out_features}x{self.in_features}/{self.scale_block}"
