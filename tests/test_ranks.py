@@ -30,7 +30,7 @@ TOLERANCES = {
     "budget": (0.01, 0.05),  # of ranges of integers, too
     "budget of experts": (0.01, 0.05),
     "experts": (0.01, 0.05),
-    "one plain run": (0.005, 1e-4),  # one scale of 128 columns
+    "one plain run": (0.005, 0.01),  # a scale that is rounded otherwise turns its whole row
 }
 """Of numbers that differ, and of output errors: where near ties, or moments of a few tokens, decide."""
 

@@ -49,7 +49,7 @@ def test_compress_prints_sizes_and_what_it_measured_on(capsys, tmp_path, source,
 def test_compress_lists_the_layers_that_it_leaves(capsys, tmp_path):
     source = save_model(tmp_path / "odd", odd_model())
     output = succeeds(capsys, "compress", source, "-o", tmp_path / "out", *SELF)
-    assert "left uncompressed: model.layers.0.mlp.down_proj: pattern 3:8 does not tile" in output
+    assert "left uncompressed: model.layers.0.mlp.down_proj: e8-12 does not tile" in output
 
 
 def test_config_file_gives_options_and_the_command_line_wins(capsys, tmp_path, source):
