@@ -68,7 +68,7 @@ def test_both_ways_give_the_same_bytes(name, tmp_path):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"bits": 1.5},
+        {"bits": 1.5, "trial": False},
         {"file_size": 55_000, "embeddings": "8"},
         {"pattern": "4:8", "weighting": "gradient"},
         {"pattern": "4:8", "inputs": "original"},
@@ -86,7 +86,9 @@ def test_every_pass_over_the_model_reads_it_block_by_block(settings, tmp_path):
     assert same(tmp_path / "whole", tmp_path / "blocks")
 
 
-@pytest.fixture(scope="module", params=[{"bits": 1.5}, {"pattern": "2:8", "recover": "block"}], ids=str)
+@pytest.fixture(
+    scope="module", params=[{"bits": 1.5, "trial": False}, {"pattern": "2:8", "recover": "block"}], ids=str
+)
 def uninterrupted(request, tmp_path_factory):
     """Settings, a source, and what a run in memory as a whole makes of it."""
     folder = tmp_path_factory.mktemp("uninterrupted")

@@ -21,7 +21,7 @@ from pbsp.integrations.modules import empty_linear, packed_entry, replace_module
 from pbsp.models.blocks import Block, linear_weight
 from pbsp.models.shards import resident, shards_of
 from pbsp.packed_linear import PackedLinear
-from pbsp.planning import Planned
+from pbsp.planned import Planned
 from pbsp.recovery.block import BlockRecovery, BlockTask, adapt_block, recover_block
 from pbsp.report import BlockReport, LayerReport
 from pbsp.resources import peak_rss_bytes

@@ -23,7 +23,8 @@ from pbsp.models.blocks import decoder_blocks, linear_weight
 from pbsp.models.experts import split_experts
 from pbsp.models.precision import cast_stored, check_finite, storage_dtype, weights_digest
 from pbsp.models.shards import OUTSIDE, shards_of
-from pbsp.planning import MEASURED_WINDOWS, Measured, Planned, check_request, make_plan
+from pbsp.planned import Planned
+from pbsp.planning import MEASURED_WINDOWS, Measured, check_request, make_plan
 from pbsp.recovery.model import MODEL_TUNING, recover_model
 from pbsp.report import Bits, CompressionReport
 from pbsp.resources import peak_rss_bytes

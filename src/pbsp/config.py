@@ -60,6 +60,8 @@ class Config:
             cost the model least in sum. Only planes.
         file_size: the same for the bytes of the weight files.
         plan: linear layer → its planes, as `allocation.planfile` writes them. Only planes.
+        trial: with `bits` or `file_size`, compress a copy by the first plan and correct the plan by what it
+            costs (see `trial`); not of a model that is read block by block.
         strict: refuse the model if a linear layer cannot take the pattern, instead of leaving it as it is.
 
     Raises:
@@ -80,6 +82,7 @@ class Config:
     bits: float | None = None
     file_size: int | None = None
     plan: dict = field(default_factory=dict)
+    trial: bool = True
     strict: bool = False
 
     def __post_init__(self) -> None:

@@ -1,7 +1,7 @@
 """From a config to what every linear layer is stored as: given, uniform, by block, or measured."""
 
-from collections.abc import Callable, Hashable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Hashable
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -10,10 +10,9 @@ from jaxtyping import Int64
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pbsp.allocation.coarse import CoarseAllocation, coarse_plan
-from pbsp.allocation.entry import format_entry, parse_entry
+from pbsp.allocation.coarse import coarse_plan
 from pbsp.allocation.measured import Costs, measure_costs
-from pbsp.allocation.plan import Plan, uniform_plan
+from pbsp.allocation.plan import uniform_plan
 from pbsp.allocation.planfile import plan_of
 from pbsp.calibration.importance import block_cosines, outlier_ratios
 from pbsp.calibration.sensitivity import gradient_lengths, token_weights
@@ -24,7 +23,9 @@ from pbsp.file_size import embedding_loss, plan_of_size
 from pbsp.methods.planes import PlaneFit
 from pbsp.models.blocks import Block
 from pbsp.models.shards import shards_of
+from pbsp.planned import Planned
 from pbsp.pruning.pattern import Pattern
+from pbsp.trial import trial_losses
 
 MEASURED_WINDOWS = 8
 """Windows that costs are measured on, and of which a backward pass holds hidden states at a time."""
@@ -49,47 +50,6 @@ class Measured:
         if key not in self._found:
             self._found[key] = measure()
         return self._found[key]
-
-
-@dataclass(frozen=True)
-class Planned:
-    """A plan, and where it comes from.
-
-    Attributes:
-        embedding_bits: of the input embedding and the head.
-        coarse: an allocation over blocks, where that was asked for.
-        expected_loss: nats per token that the plan is expected to add, where costs were measured.
-        token_weights: linear layer → weights of its tokens in its moment; where tokens weigh by gradient.
-    """
-
-    plan: Plan
-    embedding_bits: int
-    coarse: CoarseAllocation | None = None
-    expected_loss: float | None = None
-    token_weights: Mapping[str, Tensor] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, of all but the weights."""
-        entries = {name: format_entry(entry) for name, entry in self.plan.entries.items()}
-        plan = {**asdict(self.plan), "entries": entries}
-        coarse = None if self.coarse is None else asdict(self.coarse)
-        return {
-            "plan": plan,
-            "embedding_bits": self.embedding_bits,
-            "coarse": coarse,
-            "expected_loss": self.expected_loss,
-        }
-
-    @staticmethod
-    def from_dict(values: Mapping[str, Any], token_weights: Mapping[str, Tensor]) -> "Planned":
-        """The inverse of `to_dict`."""
-        entries = {name: parse_entry(text) for name, text in values["plan"]["entries"].items()}
-        plan = Plan(**{**values["plan"], "entries": entries})
-        coarse = values["coarse"]
-        if coarse is not None:
-            lists = {name: tuple(value) for name, value in coarse.items() if name != "rule"}
-            coarse = CoarseAllocation(**{**coarse, **lists})
-        return Planned(plan, values["embedding_bits"], coarse, values["expected_loss"], token_weights)
 
 
 def check_request(blocks: list[Block], config: Config) -> None:
@@ -133,7 +93,8 @@ def make_plan(
     rest = tokens[first:] if weighted else tokens[:0]
     own = ranks.part(len(rest))
     groups = [group for group in rest[own.start : own.stop].split(MEASURED_WINDOWS) if len(group)]
-    parts = len(groups) + bool(first)
+    tries = config.budgeted and config.trial and not shards_of(model)  # else there is no copy to compress
+    parts = len(groups) + bool(first) + tries
     steps = [_step(progress, part, parts) for part in range(parts)]
     costs, lengths = None, []
     if config.budgeted:
@@ -148,12 +109,22 @@ def make_plan(
         lengths = [costs.lengths] if weighted else []
     found = [
         measured.once((first, part), partial(gradient_lengths, model, blocks, group, progress=step))
-        for part, (group, step) in enumerate(zip(groups, steps[bool(first) :], strict=True))
+        for part, (group, step) in enumerate(zip(groups, steps[bool(first) : parts - tries], strict=True))
     ]
     lengths += [part for one in ranks.gather(found) for part in one]
+    weights = _joined_weights(lengths, tokens.numel())
     importances = _importances(model, blocks, config, tokens, ranks)
-    planned = ranks.from_first(lambda: _chosen(model, blocks, config, costs, importances, tokens[:first]))
-    return replace(planned, token_weights=_joined_weights(lengths, tokens.numel()))
+
+    def chosen(costs: Costs | None) -> Planned:
+        return _chosen(model, blocks, config, costs, importances, tokens[:first], measured)
+
+    planned = ranks.from_first(partial(chosen, costs))
+    if costs and tries:
+        some = tokens[: max(first, ranks.size)]
+        tried = replace(planned, token_weights={name: all_[: some.numel()] for name, all_ in weights.items()})
+        losses = trial_losses(model, tried, config, some, progress=steps[-1], ranks=ranks)
+        planned = ranks.from_first(partial(chosen, costs.corrected(planned.plan, losses)))
+    return replace(planned, token_weights=weights)
 
 
 def _step(
@@ -196,13 +167,14 @@ def _chosen(
     costs: Costs | None,
     importances: list[float],
     tokens: Tensor,
+    measured: Measured,
 ) -> Planned:
     bits = config.embedding_bits
     if config.plan:
         return Planned(plan_of(blocks, config.plan), bits)
     if config.budgeted:
         assert costs is not None, "they were measured"
-        return _within_budget(model, config, costs, tokens)
+        return _within_budget(model, config, costs, tokens, measured)
     if config.coarse:
         (pattern,) = config.patterns
         assert isinstance(pattern, Pattern), "the config has checked it"
@@ -218,7 +190,9 @@ def _chosen(
     return Planned(uniform_plan(blocks, config.entry, strict=config.strict), bits)
 
 
-def _within_budget(model: PreTrainedModel, config: Config, costs: Costs, tokens: Tensor) -> Planned:
+def _within_budget(
+    model: PreTrainedModel, config: Config, costs: Costs, tokens: Tensor, measured: Measured
+) -> Planned:
     """The best plan within the budget; with the better bits of embeddings where these are open."""
     bits = config.embedding_bits
     if config.file_size is None:
@@ -227,7 +201,7 @@ def _within_budget(model: PreTrainedModel, config: Config, costs: Costs, tokens:
         return Planned(plan, bits, expected_loss=costs.expected_loss(plan))
     added = {bits: 0.0}
     if config.embeddings == AUTO and not shards_of(model):  # block by block there is no whole model to ask
-        added[_SMALLEST] = embedding_loss(model, tokens, _SMALLEST)
+        added[_SMALLEST] = measured.once("embeddings", lambda: embedding_loss(model, tokens, _SMALLEST))
     found, refused = [], None
     for bits, loss in added.items():
         try:

@@ -9,7 +9,8 @@ from pbsp.config import Config
 from pbsp.errors import CorpusError
 from pbsp.evaluation.divergence import token_divergence
 from pbsp.packed_linear import PackedLinear
-from pbsp.recovery.model import _kept_bytes, recover_model
+from pbsp.recovery.divergence import _kept_bytes
+from pbsp.recovery.model import recover_model
 from pbsp.recovery.tunable import Tuning
 from pbsp.recovery.tuning_file import TuningFile
 from pbsp.unfinished import Unfinished
@@ -97,10 +98,10 @@ def test_distillation_never_ends_worse(small_steps):
 
 def test_gradients_through_checkpoints_are_those_of_the_whole_model(small_steps, monkeypatch):
     results, again = {}, []
-    once = pbsp.recovery.model._again
-    monkeypatch.setattr("pbsp.recovery.model._again", lambda *a, **k: again.append(1) or once(*a, **k))
+    once = pbsp.recovery.divergence._again
+    monkeypatch.setattr("pbsp.recovery.divergence._again", lambda *a, **k: again.append(1) or once(*a, **k))
     for most in (0, 1 << 30):
-        monkeypatch.setattr("pbsp.recovery.model._MOST_KEPT", most)
+        monkeypatch.setattr("pbsp.recovery.divergence._MOST_KEPT", most)
         again.clear()
         model, original = pair("qwen2")
         recover_model(model, original, windows(9).tokens, Tuning(1, 1e-2, 0.0))

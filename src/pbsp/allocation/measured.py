@@ -1,7 +1,7 @@
 """What every linear layer is stored as: what is expected to cost the model least within a budget of bits."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,6 +20,8 @@ from pbsp.methods.planes import PlaneFit
 from pbsp.models.blocks import Block, linear_weight
 
 _PROBED_ROWS = 32
+_FARTHEST = 8.0  # a trial says at most that a layer costs so many times more, or less, than expected,
+_TRUSTED = 0.65  # and of its logarithm so much is believed: two trials' correlation, see docs/experiments.md
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,42 @@ class Costs:
     def expected_loss(self, plan: Plan) -> float:
         """Nats per token that the plan is expected to add: the layers' in sum."""
         return sum(layer.choices[plan.entries[name]].loss for name, layer in self.layers.items())
+
+    def corrected(self, plan: Plan, losses: Mapping[str, float]) -> "Costs":
+        """The same where a trial of the plan found these losses instead of the expected ones.
+
+        Every choice of a layer is scaled by what the layer cost against expectation, all layers together
+        having cost as much as expected.
+
+        Args:
+            losses: linear layer → nats per token, of layers that the trial reached.
+        """
+        found: dict[str, float] = {}
+        for name, loss in losses.items():
+            owner = self.tiling.same_as.get(name, name)
+            found[owner] = found.get(owner, 0.0) + loss
+        expected = {name: self.layers[name].choices[plan.entries[name]].loss for name in found}
+        expected = {name: loss for name, loss in expected.items() if loss > 0}
+        overall = sum(found[name] for name in expected) / max(sum(expected.values()), 1e-30)
+        if not 0 < overall < float("inf"):
+            return self
+        factors = {
+            name: min(max(found[name] / overall / loss, 1 / _FARTHEST), _FARTHEST) ** _TRUSTED
+            for name, loss in expected.items()
+        }
+        after = sum(factors[name] * loss for name, loss in expected.items())
+        scale = sum(expected.values()) / after
+        layers = {
+            name: replace(
+                layer,
+                choices={
+                    entry: Choice(choice.bits, choice.loss * scale * factors.get(name, 1.0))
+                    for entry, choice in layer.choices.items()
+                },
+            )
+            for name, layer in self.layers.items()
+        }
+        return replace(self, layers=layers)
 
     def _users(self) -> Counter[str]:
         return Counter(self.tiling.same_as.get(name, name) for name in self.tiling.entries)

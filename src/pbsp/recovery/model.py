@@ -1,21 +1,17 @@
 """Distillation: tune a compressed model until it predicts what the original predicts."""
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Int64
-from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from pbsp.errors import CalibrationError, CorpusError
-from pbsp.evaluation.divergence import token_divergence
+from pbsp.errors import CorpusError
 from pbsp.models.blocks import decoder_blocks, linear_weight
+from pbsp.recovery.divergence import divergence, little_kept
 from pbsp.recovery.tunable import Tunable, Tuning, tunable
 from pbsp.recovery.tuning_file import TuningFile
 
@@ -24,7 +20,6 @@ TOKENS_A_STEP = 2048
 _HELD_OUT = 16  # one window in so many, the last ones, judges and is not trained on;
 _MOST_HELD_OUT = 8  # that is often enough to tell states apart
 _JUDGED_EVERY = 10  # steps
-_MOST_KEPT = 2 << 30  # bytes of a window's way forward; computing it again takes a fifth of a step
 
 
 @dataclass(frozen=True)
@@ -98,12 +93,13 @@ def recover_model(
     blocks = [model.get_submodule(block.name) for block in decoder_blocks(teacher)]
 
     def held_out() -> float:
-        return sum(float(_divergence(model, teacher, window)) for window in judged) / held
+        return sum(float(divergence(model, teacher, window)) for window in judged) / held
 
     originals = _weights(teacher)
-    with tunable(model, tuning, steps=steps, originals=originals) as chosen, ExitStack() as stack:
-        if _kept_bytes(model, teacher, judged[0]) > _MOST_KEPT:
-            stack.enter_context(_checkpointed(blocks))
+    with (
+        tunable(model, tuning, steps=steps, originals=originals) as chosen,
+        little_kept(model, teacher, blocks, judged[0]),
+    ):
         found = kept.load(model.device) if kept else None
         if found:
             course, best = _resumed(found, chosen)
@@ -149,51 +145,8 @@ def _step(model: PreTrainedModel, teacher: PreTrainedModel, windows: Tensor, cho
     total = 0.0
     for window in windows:
         with torch.enable_grad():
-            loss = _divergence(model, teacher, window) / len(windows)
+            loss = divergence(model, teacher, window) / len(windows)
             loss.backward(inputs=chosen.leaves())
         total += float(loss.detach())
     chosen.step()
     return total
-
-
-def _divergence(model: PreTrainedModel, teacher: PreTrainedModel, window: Int64[Tensor, "context"]) -> Tensor:
-    tokens = window[None].to(model.device)
-    with torch.no_grad():
-        wanted = teacher(input_ids=tokens, use_cache=False).logits[0]
-    found = model(input_ids=tokens, use_cache=False).logits[0]
-    mean = token_divergence(wanted, found)[0].mean()
-    if not bool(torch.isfinite(mean)):
-        raise CalibrationError("the divergence from the original is not finite; lower the rates of tuning")
-    return mean
-
-
-def _kept_bytes(model: PreTrainedModel, teacher: PreTrainedModel, window: Int64[Tensor, "context"]) -> int:
-    """At most so many bytes a way forward keeps for the way back, weights not counted."""
-    weights = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    total, nothing = 0, torch.empty(0)
-
-    def count(tensor: Tensor) -> Tensor:
-        nonlocal total
-        if tensor.untyped_storage().data_ptr() not in weights:
-            total += tensor.nbytes
-        return nothing
-
-    with torch.enable_grad(), saved_tensors_hooks(count, lambda kept: kept):
-        _divergence(model, teacher, window)
-    return total
-
-
-@contextmanager
-def _checkpointed(blocks: list[nn.Module]) -> Iterator[None]:
-    """While it lasts, the blocks keep no more than their input for the way back."""
-    for block in blocks:
-        block.forward = partial(_again, block.forward)
-    try:
-        yield
-    finally:
-        for block in blocks:
-            del block.forward
-
-
-def _again(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
