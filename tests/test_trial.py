@@ -161,3 +161,14 @@ def test_the_plan_of_a_budget_is_tried_unless_that_is_refused():
     }
     assert all(entry in MENU for plan in plans for entry in plan.plan.entries.values())
     assert plans[0].plan.entries.keys() == weights.keys()
+
+
+@pytest.mark.parametrize(("free", "tried"), [(10 << 30, True), (2 << 30, False), (None, True)])
+def test_a_plan_is_not_tried_where_a_copy_has_no_room(monkeypatch, free, tried):
+    monkeypatch.setattr("pbsp.models.memory.free_bytes", lambda device: free)
+    model, tokens = tiny_model("llama"), tiny_tokens(2, 16)
+    with torch.no_grad():
+        planned = make_plan(model, decoder_blocks(model), Config(bits=2.0), tokens)
+    assert planned.tried == tried
+    again = Planned.from_dict(planned.to_dict(), planned.token_weights)
+    assert again == planned

@@ -159,6 +159,7 @@ def compress(
         memory="blocks" if shards else "whole",
         embeddings=embeddings,
         expected_loss=planned.expected_loss,
+        tried=planned.tried,
         source=model.config.name_or_path or "",
         source_bytes=0,
         calibration=corpus.describe(),

@@ -19,6 +19,7 @@ class Planned:
         embedding_bits: of the input embedding and the head.
         coarse: an allocation over blocks, where that was asked for.
         expected_loss: nats per token that the plan is expected to add, where costs were measured.
+        tried: whether it was corrected by a trial.
         token_weights: linear layer → weights of its tokens in its moment; where tokens weigh by gradient.
     """
 
@@ -26,6 +27,7 @@ class Planned:
     embedding_bits: int
     coarse: CoarseAllocation | None = None
     expected_loss: float | None = None
+    tried: bool = False
     token_weights: Mapping[str, Tensor] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -38,6 +40,7 @@ class Planned:
             "embedding_bits": self.embedding_bits,
             "coarse": coarse,
             "expected_loss": self.expected_loss,
+            "tried": self.tried,
         }
 
     @staticmethod
@@ -49,4 +52,5 @@ class Planned:
         if coarse is not None:
             lists = {name: tuple(value) for name, value in coarse.items() if name != "rule"}
             coarse = CoarseAllocation(**{**coarse, **lists})
-        return Planned(plan, values["embedding_bits"], coarse, values["expected_loss"], token_weights)
+        kept = {name: values[name] for name in ("embedding_bits", "expected_loss", "tried")}
+        return Planned(plan, coarse=coarse, token_weights=token_weights, **kept)

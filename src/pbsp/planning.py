@@ -25,7 +25,7 @@ from pbsp.models.blocks import Block
 from pbsp.models.shards import shards_of
 from pbsp.planned import Planned
 from pbsp.pruning.pattern import Pattern
-from pbsp.trial import trial_losses
+from pbsp.trial import can_try, trial_losses
 
 MEASURED_WINDOWS = 8
 """Windows that costs are measured on, and of which a backward pass holds hidden states at a time."""
@@ -93,7 +93,7 @@ def make_plan(
     rest = tokens[first:] if weighted else tokens[:0]
     own = ranks.part(len(rest))
     groups = [group for group in rest[own.start : own.stop].split(MEASURED_WINDOWS) if len(group)]
-    tries = config.budgeted and config.trial and not shards_of(model)  # else there is no copy to compress
+    tries = config.budgeted and config.trial and all(ranks.gather(can_try(model)))
     parts = len(groups) + bool(first) + tries
     steps = [_step(progress, part, parts) for part in range(parts)]
     costs, lengths = None, []
@@ -124,7 +124,7 @@ def make_plan(
         tried = replace(planned, token_weights={name: all_[: some.numel()] for name, all_ in weights.items()})
         losses = trial_losses(model, tried, config, some, progress=steps[-1], ranks=ranks)
         planned = ranks.from_first(partial(chosen, costs.corrected(planned.plan, losses)))
-    return replace(planned, token_weights=weights)
+    return replace(planned, token_weights=weights, tried=tries)
 
 
 def _step(

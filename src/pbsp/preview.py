@@ -40,6 +40,7 @@ class Preview:
         embedding_bits: of the input embedding and the head, where they can have fewer than 16.
         weight_bytes: of the weight file.
         expected_loss: nats per token, where costs were measured.
+        tried: whether the plan was corrected by a trial on a copy.
         seconds: about what calibrating and solving take, from trials on the first block.
         memory_bytes: about the peak: the model and all windows' hidden states, or its largest part where it
             is read block by block; and one block's moments.
@@ -50,6 +51,7 @@ class Preview:
     embedding_bits: int
     weight_bytes: int
     expected_loss: float | None
+    tried: bool
     seconds: float
     memory_bytes: int
 
@@ -90,6 +92,7 @@ def preview(
         embedding_bits=planned.embedding_bits,
         weight_bytes=file_bytes(model, planned.plan, config, planned.embedding_bits),
         expected_loss=planned.expected_loss,
+        tried=planned.tried,
         seconds=_seconds(model, blocks, planned.plan, method, windows.tokens),
         memory_bytes=_memory(model, blocks, windows.tokens),
     )

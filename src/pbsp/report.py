@@ -133,6 +133,7 @@ class CompressionReport:
         memory: "blocks" if the model was read block by block, else "whole".
         embeddings: how the input embedding and the head are stored.
         expected_loss: nats per token that the plan was expected to add, where a budget chose it.
+        tried: whether that plan was corrected by a trial on a copy.
         source: the model that was compressed.
         source_bytes: size of its weight files; 0 where that is not known.
         calibration: what the moments were measured on (`Windows.describe`).
@@ -155,6 +156,7 @@ class CompressionReport:
     memory: str
     embeddings: str
     expected_loss: float | None
+    tried: bool
     source: str
     source_bytes: int
     calibration: dict[str, Any]
@@ -179,6 +181,7 @@ class CompressionReport:
             "processes": 1,
             "blocks": [],
             "memory": "whole",
+            "tried": False,
         }  # not in the first reports
         try:
             values = {**later, **values}

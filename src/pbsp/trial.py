@@ -20,9 +20,17 @@ from pbsp.config import Config
 from pbsp.distributed import ALONE, Ranks
 from pbsp.integrations.modules import dense_module, replace_module
 from pbsp.models.blocks import decoder_blocks
+from pbsp.models.memory import has_room
+from pbsp.models.shards import shards_of
 from pbsp.packed_linear import PackedLinear
 from pbsp.planned import Planned
-from pbsp.recovery.divergence import divergence, little_kept
+from pbsp.recovery.divergence import MOST_KEPT, divergence, little_kept
+
+
+def can_try(model: PreTrainedModel) -> bool:
+    """Whether the model is in memory as a whole, and a copy of it and a way back would fit there, too."""
+    size = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    return not shards_of(model) and has_room(size + MOST_KEPT, model.device)
 
 
 @torch.no_grad()
@@ -42,7 +50,7 @@ def trial_losses(
     left out. In memory are the model twice, and what `little_kept` says.
 
     Args:
-        model: whole in memory; it stays as it is.
+        model: one that `can_try`; it stays as it is.
         tokens: the windows of all ranks.
         progress: told the steps done, and all.
 

@@ -101,7 +101,7 @@ def test_gradients_through_checkpoints_are_those_of_the_whole_model(small_steps,
     once = pbsp.recovery.divergence._again
     monkeypatch.setattr("pbsp.recovery.divergence._again", lambda *a, **k: again.append(1) or once(*a, **k))
     for most in (0, 1 << 30):
-        monkeypatch.setattr("pbsp.recovery.divergence._MOST_KEPT", most)
+        monkeypatch.setattr("pbsp.recovery.divergence.MOST_KEPT", most)
         again.clear()
         model, original = pair("qwen2")
         recover_model(model, original, windows(9).tokens, Tuning(1, 1e-2, 0.0))

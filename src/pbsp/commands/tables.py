@@ -41,7 +41,8 @@ def preview_table(found: Preview, source_bytes: int) -> Table:
     if source_bytes:
         table.add_row("source's weight files", f"{source_bytes:,} bytes")
     if found.expected_loss is not None:
-        table.add_row("expected to add", f"{found.expected_loss:.2f} nats per token")
+        untried = "" if found.tried else "; the plan was not tried on a copy"
+        table.add_row("expected to add", f"{found.expected_loss:.2f} nats per token{untried}")
     table.add_row("calibrating and solving, about", f"{found.seconds / 60:.1f} min")
     table.add_row("peak memory, about", f"{found.memory_bytes / 1e9:.2f} GB")
     return table

@@ -38,8 +38,13 @@ def in_blocks(requested: str, folder: Path, *, device: torch.device, itemsize: i
     check_memory(requested)
     if requested != "auto":
         return requested == "blocks"
+    return not has_room(whole_bytes(folder, itemsize, tokens), device)
+
+
+def has_room(needed: int, device: torch.device) -> bool:
+    """Whether so many bytes are at most 70 % of the memory that is free, as far as that is known."""
     free = free_bytes(device)
-    return free is not None and whole_bytes(folder, itemsize, tokens) > _SHARE * free
+    return free is None or needed <= _SHARE * free
 
 
 def whole_bytes(folder: Path, itemsize: int, tokens: int) -> int:

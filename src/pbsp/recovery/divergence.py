@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 from pbsp.errors import CalibrationError
 from pbsp.evaluation.divergence import token_divergence
 
-_MOST_KEPT = 2 << 30  # bytes of a window's way forward; computing it again takes a fifth of a step
+MOST_KEPT = 2 << 30
+"""Bytes of a window's way forward; what takes more is computed again, for a fifth of a step's time."""
 
 
 def divergence(model: PreTrainedModel, teacher: PreTrainedModel, window: Int64[Tensor, "context"]) -> Tensor:
@@ -45,7 +46,7 @@ def little_kept(
 
     Where that is too little, it is the hidden states before every block, which is then computed again.
     """
-    if _kept_bytes(model, teacher, window) > _MOST_KEPT:
+    if _kept_bytes(model, teacher, window) > MOST_KEPT:
         with _checkpointed(blocks):
             yield
     else:
