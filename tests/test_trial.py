@@ -11,6 +11,7 @@ from pbsp.allocation.measured import Costs, LayerCosts
 from pbsp.allocation.menu import MENU
 from pbsp.allocation.plan import Plan, uniform_plan
 from pbsp.config import Config
+from pbsp.errors import CalibrationError
 from pbsp.models.blocks import decoder_blocks, linear_weight
 from pbsp.models.experts import split_experts
 from pbsp.planned import Planned
@@ -172,3 +173,17 @@ def test_a_plan_is_not_tried_where_a_copy_has_no_room(monkeypatch, free, tried):
     assert planned.tried == tried
     again = Planned.from_dict(planned.to_dict(), planned.token_weights)
     assert again == planned
+
+
+def test_a_trial_that_overflows_is_no_trial(monkeypatch):
+    model, tokens = tiny_model("llama"), tiny_tokens(2, 16)
+
+    def refuse(*_):
+        raise CalibrationError("not finite")
+
+    with torch.no_grad():
+        monkeypatch.setattr("pbsp.trial.divergence", refuse)
+        planned = make_plan(model, decoder_blocks(model), Config(bits=2.0), tokens)
+        alone = make_plan(model, decoder_blocks(model), Config(bits=2.0, trial=False), tokens)
+    assert not planned.tried
+    assert planned.plan == alone.plan

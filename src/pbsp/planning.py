@@ -123,8 +123,9 @@ def make_plan(
         some = tokens[: max(first, ranks.size)]
         tried = replace(planned, token_weights={name: all_[: some.numel()] for name, all_ in weights.items()})
         losses = trial_losses(model, tried, config, some, progress=steps[-1], ranks=ranks)
-        planned = ranks.from_first(partial(chosen, costs.corrected(planned.plan, losses)))
-    return replace(planned, token_weights=weights, tried=tries)
+        corrected = costs.corrected(planned.plan, losses)
+        planned = replace(ranks.from_first(partial(chosen, corrected)), tried=corrected is not costs)
+    return replace(planned, token_weights=weights)
 
 
 def _step(

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from pbsp.block_run import BlockRun
 from pbsp.config import Config
 from pbsp.distributed import ALONE, Ranks
+from pbsp.errors import CalibrationError
 from pbsp.integrations.modules import dense_module, replace_module
 from pbsp.models.blocks import decoder_blocks
 from pbsp.models.memory import has_room
@@ -55,7 +56,7 @@ def trial_losses(
         progress: told the steps done, and all.
 
     Raises:
-        CalibrationError: a layer cannot be solved, or the divergence is not finite.
+        CalibrationError: a layer cannot be solved.
     """
     tell = progress or (lambda done, total: None)
     tried = copy.deepcopy(model)
@@ -89,18 +90,21 @@ def error_losses(
     """What the difference of each of these weights adds to KL(model ‖ changed), where all have theirs.
 
     Were one difference E scaled by s, the divergence would change as a·s², in nats per token:
-    a = ½ ⟨∂KL/∂(W + E), E⟩.
+    a = ½ ⟨∂KL/∂(W + E), E⟩. All are NaN where the divergence is not finite.
     """
     found = _Products(model, changed, names)
-    part = ranks.part(len(tokens))
-    with little_kept(changed, model, [block.module for block in decoder_blocks(changed)], tokens[0]):
-        for done, window in enumerate(tokens[part.start : part.stop]):
-            if progress:
-                progress(done, len(part))
-            with torch.enable_grad():
-                # a sum over tokens: gradients of a mean are small enough to vanish in 16 bit
-                (divergence(changed, model, window) * len(window)).backward()
-    shares = ranks.gather(found.products)
+    products, part = found.products, ranks.part(len(tokens))
+    try:
+        with little_kept(changed, model, [block.module for block in decoder_blocks(changed)], tokens[0]):
+            for done, window in enumerate(tokens[part.start : part.stop]):
+                if progress:
+                    progress(done, len(part))
+                with torch.enable_grad():
+                    # a sum over tokens: gradients of a mean are small enough to vanish in 16 bit
+                    (divergence(changed, model, window) * len(window)).backward()
+    except CalibrationError:  # 16 bit can overflow; the other ranks wait all the same
+        products = dict.fromkeys(names, float("nan"))
+    shares = ranks.gather(products)
     reached = [name for name in names if any(name in share for share in shares)]
     return {name: sum(share.get(name, 0.0) for share in shares) / tokens.numel() / 2 for name in reached}
 
