@@ -25,12 +25,11 @@ from pbsp.models.blocks import Block
 from pbsp.models.shards import shards_of
 from pbsp.planned import Planned
 from pbsp.pruning.pattern import Pattern
+from pbsp.quantization.rows import WIDTHS
 from pbsp.trial import can_try, trial_losses
 
 MEASURED_WINDOWS = 8
 """Windows that costs are measured on, and of which a backward pass holds hidden states at a time."""
-
-_SMALLEST = 4  # bits of embeddings
 
 T = TypeVar("T")
 
@@ -202,7 +201,8 @@ def _within_budget(
         return Planned(plan, bits, expected_loss=costs.expected_loss(plan))
     added = {bits: 0.0}
     if config.embeddings == AUTO and not shards_of(model):  # block by block there is no whole model to ask
-        added[_SMALLEST] = measured.once("embeddings", lambda: embedding_loss(model, tokens, _SMALLEST))
+        fewest = min(WIDTHS)
+        added[fewest] = measured.once("embeddings", lambda: embedding_loss(model, tokens, fewest))
     found, refused = [], None
     for bits, loss in added.items():
         try:
