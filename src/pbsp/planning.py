@@ -120,7 +120,8 @@ def make_plan(
     planned = ranks.from_first(partial(chosen, costs))
     if costs and tries:
         some = tokens[: max(first, ranks.size)]
-        tried = replace(planned, token_weights={name: all_[: some.numel()] for name, all_ in weights.items()})
+        first_weights = {name: found[: some.numel()] for name, found in weights.items()}
+        tried = replace(planned, token_weights=first_weights)
         losses = trial_losses(model, tried, config, some, progress=steps[-1], ranks=ranks)
         corrected = costs.corrected(planned.plan, losses)
         planned = replace(ranks.from_first(partial(chosen, corrected)), tried=corrected is not costs)

@@ -116,9 +116,7 @@ def _print_compressed(report: CompressionReport, found: Inspection, output: str,
     for name, reason in report.uncalibrated.items():
         print(f"without a calibration of its own: {name}: {reason}")
     if report.expected_loss is not None and not report.tried:
-        print(
-            "the plan was not tried on a copy, which needs the model in memory twice (trial=false skips it)"
-        )
+        print("the plan was not tried on a copy: that takes the whole model in memory, twice")
     print(_per_block(report))
     spent = ", ".join(f"{stage} {value:.1f} s" for stage, value in report.seconds.items() if value >= 0.05)
     several = f" of the first of {report.processes} processes" if report.processes > 1 else ""

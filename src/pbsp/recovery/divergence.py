@@ -31,7 +31,10 @@ def divergence(model: PreTrainedModel, teacher: PreTrainedModel, window: Int64[T
     found = model(input_ids=tokens, use_cache=False).logits[0]
     mean = token_divergence(wanted, found)[0].mean()
     if not bool(torch.isfinite(mean)):
-        raise CalibrationError("the compressed model's divergence from the original is not finite")
+        raise CalibrationError(
+            "the compressed model's divergence from the original is not finite; if it is being tuned, lower "
+            "the rates"
+        )
     return mean
 
 
