@@ -9,10 +9,9 @@ import json
 import re
 
 import torch
-from torch import nn
 
 from pbsp.calibration.corpus import evaluation_windows
-from pbsp.evaluation.divergence import token_losses
+from pbsp.file_size import mean_loss
 from pbsp.models.blocks import decoder_blocks, linear_weight
 from pbsp.models.load import load_model
 
@@ -30,15 +29,6 @@ def groups(layers: list[list[str]]) -> dict[str, dict[str, list[str]]]:
             kinds.setdefault(re.sub(r"\.\d+", "", name).rsplit(".", 1)[-1], []).append(name)
             depths.setdefault(f"blocks {first} to {last}", []).append(name)
     return {"kind": kinds, "depth": depths}
-
-
-def mean_loss(model: nn.Module, windows: torch.Tensor) -> float:
-    """Negative log likelihood in nats per token."""
-    total = 0.0
-    for window in windows:
-        logits = model(input_ids=window[None], use_cache=False).logits[0, :-1]
-        total += float(token_losses(logits, window[1:]).mean())
-    return total / len(windows)
 
 
 @torch.no_grad()

@@ -92,7 +92,7 @@ def make_plan(
     rest = tokens[first:] if weighted else tokens[:0]
     own = ranks.part(len(rest))
     groups = [group for group in rest[own.start : own.stop].split(MEASURED_WINDOWS) if len(group)]
-    tries = config.budgeted and config.trial and all(ranks.gather(can_try(model)))
+    tries = config.budgeted and config.trial and can_try(model, ranks)
     parts = len(groups) + bool(first) + tries
     steps = [_step(progress, part, parts) for part in range(parts)]
     costs, lengths = None, []

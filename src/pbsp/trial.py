@@ -28,10 +28,15 @@ from pbsp.planned import Planned
 from pbsp.recovery.divergence import MOST_KEPT, divergence, little_kept
 
 
-def can_try(model: PreTrainedModel) -> bool:
-    """Whether the model is in memory as a whole, and a copy of it and a way back would fit there, too."""
+def can_try(model: PreTrainedModel, ranks: Ranks = ALONE) -> bool:
+    """Whether the model is in memory as a whole, and every rank's copy and way back would fit there, too.
+
+    Ranks have a GPU each, but on CPUs one memory, as far as is known.
+    """
     size = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-    return not shards_of(model) and has_room(size + MOST_KEPT, model.device)
+    sharing = ranks.size if model.device.type == "cpu" else 1
+    room = not shards_of(model) and has_room(sharing * (size + MOST_KEPT), model.device)
+    return all(ranks.gather(room))
 
 
 @torch.no_grad()
