@@ -69,7 +69,7 @@ def test_both_ways_give_the_same_bytes(name, tmp_path):
     "settings",
     [
         {"bits": 1.5, "trial": False},
-        {"file_size": 55_000, "embeddings": "8"},
+        {"file_size": 55_000, "embeddings": "8", "trial": False},
         {"pattern": "4:8", "weighting": "gradient"},
         {"pattern": "4:8", "inputs": "original"},
         {"pattern": "2:8", "recover": "block"},

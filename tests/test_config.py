@@ -50,10 +50,8 @@ def test_auto_follows_the_method():
         ("pbsp 4:8+2:8", "takes one N:M, not 2 planes"),
         ("planes 4:8 sweeps", "'sweeps' is not a setting; write NAME=VALUE"),
         ("planes width=2", "method planes has no option 'width'; it has block"),
-        (
-            "nanoquant weighting=attention",
-            "fits all rows of a layer together.*use weighting plain or gradient",
-        ),
+        ("nanoquant weighting=attention", "fits all rows of a layer together.*use weighting plain"),
+        ("nanoquant weighting=gradient", "weighting gradient gives .* use weighting plain"),
         ("rtn allocation=paper", "allocation paper takes one N:M"),
     ],
 )

@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 
@@ -93,23 +95,31 @@ def test_a_model_that_adds_its_input_after_the_blocks_is_refused():
         BackwardWalk(model, decoder_blocks(model), tiny_tokens(1, 12))
 
 
-def test_moments_weighted_by_gradients_are_those_of_the_sensitivities():
-    """The same tokens, weights and inputs by two ways: backward through the blocks, and a walk forward."""
+def test_moments_weighted_by_squared_gradients_are_those_of_the_sensitivities():
+    """The same tokens, weights and inputs by two ways: backward through the blocks, and a walk forward.
+
+    But for value projections, whose tokens count as the attention mixes them.
+    """
     model = tiny_model()
     tokens = tiny_tokens(3, 12)
     blocks = decoder_blocks(model)
     found = {}
     with torch.no_grad():
         measure_sensitivities(model, blocks, tokens, lambda name, one: found.update({name: one}))
-        weights = {name: token_weights(one.lengths) for name, one in found.items()}
-        walk = Walk(model, blocks, tokens)
+        weights = {name: one.lengths / one.lengths.mean() for name, one in found.items()}
+        walk, other = Walk(model, blocks, tokens), Walk(model, blocks, tokens)
         for index, block in enumerate(blocks):
-            moments = collect_block_moments(
-                walk, index, block, block.linears(), weighting="gradient", weights=weights, keep=True
-            )
+            measure = partial(collect_block_moments, index=index, block=block, linears=block.linears())
+            moments = measure(walk, weighting="gradient", weights=weights, keep=True)
+            attention = measure(other, weighting="attention", keep=True)
+            assert not moments.plain_because
             for name, moment in moments.inputs.items():
-                (part,) = moment.parts
-                torch.testing.assert_close(part.moment, found[name].moment, rtol=1e-3, atol=1e-5)
+                if name.endswith("v_proj"):
+                    pairs = zip(moment.parts, attention.inputs[name].parts, strict=True)
+                    assert all(torch.equal(left.moment, right.moment) for left, right in pairs)
+                else:
+                    (part,) = moment.parts
+                    torch.testing.assert_close(part.moment, found[name].moment, rtol=1e-3, atol=1e-5)
 
 
 def test_one_token_in_a_thousand_is_cut():
@@ -145,6 +155,11 @@ def test_lengths_without_moments_are_those_of_the_sensitivities():
     assert lengths.keys() == found.keys()
     for name, one in lengths.items():
         assert torch.equal(one, found[name]), name
+
+
+def test_tokens_weigh_as_their_gradients_are_long():
+    weights = token_weights(torch.tensor([1.0, 4.0, 0.0, 9.0]))
+    torch.testing.assert_close(weights, torch.tensor([1.0, 2.0, 0.0, 3.0]) / 1.5)
 
 
 def test_weights_without_gradients_are_alike():

@@ -1,7 +1,7 @@
 """Moments of the inputs of linear layers: the mean of x xᵀ over calibration tokens, the S of method.md."""
 
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,8 +17,8 @@ from pbsp.errors import CalibrationError
 from pbsp.models.blocks import Block, linear_weight
 
 Weighting = Literal["plain", "attention", "gradient"]
-"""How tokens count in moments: all alike; in a value projection's as the attention mixes them; or by the
-squared gradient of the model's loss at the layer's output."""
+"""How tokens count in moments: all alike; in a value projection's as the attention mixes them; or likewise
+there, and in the others' by the length of the gradient of the model's loss at the layer's output."""
 
 
 def collect_moments(
@@ -85,7 +85,7 @@ class InputMoment:
     """What a linear layer is fitted with: parts that cover its output rows, in order.
 
     One part is the rule. A value projection weighted by attention has one for every kv head; where
-    one layer makes queries, keys and values, its other rows keep the plain moment. Equal moments are
+    one layer makes queries, keys and values, its other rows keep one of their own. Equal moments are
     one object, here and between layers.
     """
 
@@ -103,7 +103,7 @@ class BlockMoments:
 
     Attributes:
         inputs: linear layer → its moment, in the order of the first calls.
-        plain_because: attention that was to be weighted and was not → why its values have plain moments.
+        plain_because: attention that values were to be weighted by and were not → why.
     """
 
     inputs: dict[str, InputMoment]
@@ -125,8 +125,8 @@ def collect_block_moments(
 ) -> BlockMoments:
     """Run block `index` of the walk on all windows and gather the moments of `linears`, named in full.
 
-    Both weightings see the same run, by the model's own attention function: plain moments and the
-    hidden states that are kept do not depend on the choice.
+    All weightings see the same run, by the model's own attention function: the hidden states that are
+    kept do not depend on the choice.
 
     Args:
         walk: stands before the block.
@@ -134,7 +134,7 @@ def collect_block_moments(
         block: its linear layers are still dense.
         linears: of the block; others get no moment.
         weighting: of the tokens; for a value projection's see `calibration.attention`.
-        weights: of "gradient", see `collect_moments`.
+        weights: of "gradient", see `collect_moments`; they come from the whole model, by `gradient_lengths`.
         keep: the outputs become the next block's inputs.
         query_rows: see `ValueMoments`.
         seed: of the choice of query rows.
@@ -144,18 +144,17 @@ def collect_block_moments(
         CalibrationError: a moment is not finite; names the layer.
     """
     before = sum(ranks.gather(len(walk.hidden))[: ranks.rank])  # windows of earlier ranks
-    if weighting != "attention":
-        chosen = weights if weighting == "gradient" and weights else {}
-        tokens = before * walk.hidden[0].shape[1]
-        chosen = {name: found[tokens:] for name, found in chosen.items()}
-        run = lambda: walk.run(index, block.module, keep=keep)  # noqa: E731
-        plain = collect_moments(linears, run, weights=chosen, ranks=ranks)
-        return BlockMoments({name: _plain(linears[name], moment) for name, moment in plain.items()}, {})
+    tokens = before * walk.hidden[0].shape[1]
+    chosen = weights if weighting == "gradient" and weights else {}
+    chosen = {name: found[tokens:] for name, found in chosen.items()}
     values = ValueMoments(block, query_rows=query_rows, seed=seed, skipped=before)
-    with values.watching():
-        plain = collect_moments(linears, lambda: walk.run(index, block.module, keep=keep), ranks=ranks)
+    with nullcontext() if weighting == "plain" else values.watching():
+        run = lambda: walk.run(index, block.module, keep=keep)  # noqa: E731
+        whole = collect_moments(linears, run, weights=chosen, ranks=ranks)
+    inputs = {name: _whole(linears[name], moment) for name, moment in whole.items()}
+    if weighting == "plain":
+        return BlockMoments(inputs, {})
     values.add_ranks(ranks)
-    inputs = {name: _plain(linears[name], moment) for name, moment in plain.items()}
     if values.reason or values.heads is None:
         name = values.heads.name if values.heads else values.watched
         return BlockMoments(inputs, {name: values.reason})
@@ -168,13 +167,13 @@ def collect_block_moments(
     return BlockMoments(inputs, {})
 
 
-def _plain(module: nn.Module, moment: Tensor) -> InputMoment:
+def _whole(module: nn.Module, moment: Tensor) -> InputMoment:
     return InputMoment((MomentPart(range(len(linear_weight(module))), moment),))
 
 
-def _with_heads(plain: InputMoment, heads: tuple[range, ...], moments: list[Tensor]) -> InputMoment:
-    """The rows of each head with its own moment, and the rows between them with the plain one."""
-    (whole,) = plain.parts
+def _with_heads(inputs: InputMoment, heads: tuple[range, ...], moments: list[Tensor]) -> InputMoment:
+    """The rows of each head with its own moment, and the rows between them with the layer's."""
+    (whole,) = inputs.parts
     parts: list[MomentPart] = []
     done = 0
     for rows, moment in zip(heads, moments, strict=True):

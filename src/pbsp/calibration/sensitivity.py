@@ -112,9 +112,18 @@ def gradient_lengths(
 
 
 def token_weights(lengths: Float[Tensor, "tokens"]) -> Float[Tensor, "tokens"]:
-    """Weights with mean 1 in proportion to squared gradient lengths; without any gradient all alike."""
-    mean = float(lengths.mean())
-    return lengths / mean if mean > 0 else torch.ones_like(lengths)
+    """Weights with mean 1 in proportion to gradient lengths; without any gradient all alike.
+
+    A second-order loss asks for their squares. But so few tokens have nearly all of these that a moment would
+    be of these few: in half of SmolLM2's value projections of 138 out of 32,768, by Kish's formula
+    (Σw)² / Σw², in the worst of 9, for 576 features. By lengths none is of fewer than 3,325.
+
+    Args:
+        lengths: squared, as they are kept.
+    """
+    weights = lengths.sqrt()
+    mean = float(weights.mean())
+    return weights / mean if mean > 0 else torch.ones_like(lengths)
 
 
 def cut_lengths(squared: Float[Tensor, "tokens"]) -> Float[Tensor, "tokens"]:
