@@ -11,7 +11,7 @@ import re
 import torch
 
 from pbsp.calibration.corpus import evaluation_windows
-from pbsp.file_size import mean_loss
+from pbsp.evaluation.perplexity import mean_loss
 from pbsp.models.blocks import decoder_blocks, linear_weight
 from pbsp.models.load import load_model
 

@@ -15,7 +15,7 @@ from pbsp.config import Config
 from pbsp.distributed import ALONE, Ranks
 from pbsp.embedding_rounding import head_moment, round_head
 from pbsp.errors import ConfigError
-from pbsp.file_size import mean_loss
+from pbsp.evaluation.perplexity import mean_loss
 from pbsp.integrations.embeddings import pack_embeddings
 from pbsp.integrations.transformers import PbspQuantizationConfig, attach
 from pbsp.methods.table import packs

@@ -11,7 +11,7 @@ from pbsp.allocation.plan import Plan
 from pbsp.config import Config
 from pbsp.embedding_rounding import head_moment, round_head
 from pbsp.errors import ConfigError
-from pbsp.evaluation.divergence import token_losses
+from pbsp.evaluation.perplexity import mean_loss
 from pbsp.integrations.embeddings import packable_embeddings
 from pbsp.models.blocks import linear_weight
 from pbsp.models.precision import storage_dtype, stored_tensors
@@ -99,12 +99,3 @@ def embedding_loss(model: PreTrainedModel, tokens: Int64[Tensor, "windows contex
     finally:
         for weight, values in kept.items():
             weight.copy_(values)
-
-
-def mean_loss(model: PreTrainedModel, tokens: Int64[Tensor, "windows context"]) -> float:
-    """Nats per token on these windows."""
-    total = 0.0
-    for window in tokens.to(model.device):
-        logits = model(input_ids=window[None], use_cache=False).logits[0, :-1]
-        total += float(token_losses(logits, window[1:]).mean())
-    return total / len(tokens)

@@ -53,6 +53,15 @@ def evaluate(
     return evaluate_all({"model": model}, windows, original=original, batch=batch, progress=progress)["model"]
 
 
+def mean_loss(model: PreTrainedModel, tokens: Int64[Tensor, "windows context"]) -> float:
+    """Nats per token on these windows."""
+    total = 0.0
+    for window in tokens.to(model.device):
+        logits = model(input_ids=window[None], use_cache=False).logits[0, :-1]
+        total += float(token_losses(logits, window[1:]).mean())
+    return total / len(tokens)
+
+
 @torch.no_grad()
 def evaluate_all(
     models: Mapping[str, PreTrainedModel],
