@@ -16,6 +16,7 @@ from hypothesis import seed as set_seed
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
+from pbsp.binarization.rotation import unrotate
 from pbsp.config import Config, read_config_file
 from pbsp.errors import PbspError
 from pbsp.inspection import inspect_folder
@@ -33,8 +34,9 @@ NUMBERS = st.one_of(
 TEXTS = st.one_of(
     st.text(max_size=8),
     st.sampled_from(
-        ["4:8", "8:8", "1:1", "31:31", "9999:9999", "4:8+4:8", "planes", "paper", "lm_head", "weight",
-         "model", "model.embed_tokens", "model.layers.0.mlp.up_proj", "F16", "U8", "I16", "BOOL",
+        ["4:8", "8:8", "1:1", "31:31", "9999:9999", "4:8+4:8", "e8-12+4:8", "e8-11",
+         "planes", "paper", "lm_head", "weight", "model",
+         "model.embed_tokens", "model.layers.0.mlp.up_proj", "F16", "U8", "I16", "BOOL",
          "pbsp", "é" * 40, "\0"]
     ),
 )  # fmt: skip
@@ -194,9 +196,12 @@ def _packed_tensors(draw):
     """A form, and tensors of its shapes with any bits in them."""
     rows, groups = draw(st.integers(1, 4)), draw(st.integers(1, 6))
     group = draw(st.sampled_from([1, 2, 4, 8, 16]))
-    patterns = [f"{draw(st.integers(1, group))}:{group}" for _ in range(draw(st.integers(1, 4)))]
+    kept = [f"{n}:{group}" for n in range(1, group + 1)] + ["e8-8", "e8-9", "e8-10", "e8-12"] * (group == 8)
+    patterns = draw(st.lists(st.sampled_from(kept), min_size=1, max_size=4))
     sizes = {"in_features": groups * group, "out_features": rows, "scale_block": draw(st.integers(1, 100))}
     layout = draw(st.sampled_from(list(FORMS)))
+    if layout in ("planes", "rows"):
+        sizes["rotation"] = draw(st.sampled_from([1, 1, 16]))
     if layout == "paper":
         sizes["salient_parts"] = draw(st.integers(1, 3))
         patterns = patterns[:1]
@@ -232,7 +237,7 @@ def packed(folder: Path) -> Target:
         tensors.check()
         decoded = tensors.decode()
         assert torch.isfinite(decoded).all()
-        assert torch.equal(tensors.unpack().dense(), decoded)
+        assert torch.equal(tensors.unpack().dense(), unrotate(decoded, sizes.get("rotation", 1)))
 
     return Target(_packed_tensors(), read)
 
