@@ -1,6 +1,6 @@
 """What recovery wins, of planes and of NanoQuant: nothing tuned, blocks, the whole model, and both.
 
-Runs `pbsp compress`, `recover`, `evaluate` and `generate` as a user would. Folders and results stay in
+Runs `pbsp compress`, `recover` and `generate` as a user would. Folders and results stay in
 OUT; what is there is not done again, and a step that was interrupted goes on. OUT/recovery.md is written
 anew after each step.
 """
@@ -12,6 +12,11 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from pbsp.calibration.corpus import evaluation_windows
+from pbsp.evaluation.kept import keep_predictions
+from pbsp.evaluation.perplexity import evaluate
+from pbsp.models.load import load_model
 
 KINDS = {"none": "none", "block": "none", "model": "none", "both": "block"}
 """Kind → the one whose folder the whole model's tuning starts from, where it does."""
@@ -64,11 +69,17 @@ class Recovery:
             pbsp("recover", str(source), "--against", options.model, *text, *taken)
 
     def evaluate(self, made: Path, text: str) -> dict[str, Any]:
-        """Perplexity and KL on a text's first windows."""
+        """Perplexity and KL on a text's first windows; the original runs once for all points."""
         options = self.options
-        windows = ["--windows", str(options.windows), "--context", str(options.eval_context)]
-        shown = ["--against", options.model, "--device", options.device, "--json"]
-        return json.loads(pbsp("evaluate", str(made), "--text", text, *windows, *shown))
+        original = load_model(options.model, device=options.device)
+        windows = evaluation_windows(
+            text, original.tokenizer, original.model, context=options.eval_context, windows=options.windows
+        )
+        folder = self.folder / f"original-{Path(text).name}-{windows.digest[:8]}"
+        _, predictions = keep_predictions(original.model, windows, folder)
+        model = load_model(str(made), device=options.device).model
+        print(f"evaluate {made} on {text}", flush=True)
+        return evaluate(model, windows, original=predictions or original.model).to_json()
 
     def answer(self, model: str, prompt: str) -> str:
         """A greedy continuation."""
