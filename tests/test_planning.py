@@ -171,6 +171,27 @@ def test_weights_do_not_depend_on_how_many_windows_go_back_at_a_time(monkeypatch
         torch.testing.assert_close(weights, found[1][name])
 
 
+def test_a_trial_weighs_tokens_by_squares_and_the_plan_by_lengths(monkeypatch):
+    tokens = tiny_tokens(5, 16)
+    monkeypatch.setattr(planning, "MEASURED_WINDOWS", 3)
+    seen = {}
+
+    def trial(model, planned, config, windows, **settings):
+        seen.update(weighting=config.moment_weighting, weights=planned.token_weights, windows=windows)
+        return dict.fromkeys(planned.plan.entries, 1.0)
+
+    monkeypatch.setattr(planning, "trial_losses", trial)
+    model = tiny_model()
+    with torch.no_grad():
+        planned = make_plan(model, decoder_blocks(model), Config(bits=2.0), tokens)
+    assert planned.tried
+    assert seen["weighting"] == "squares"
+    assert torch.equal(seen["windows"], tokens[:3])
+    for name, weights in planned.token_weights.items():
+        squares = weights[: 3 * 16].square()
+        torch.testing.assert_close(seen["weights"][name], squares / squares.mean())
+
+
 def test_several_budgets_are_measured_once_and_give_the_plans_they_give_alone(monkeypatch):
     calls = []
 

@@ -80,7 +80,7 @@ def compress(
         typer.Option("--set", help="NAME=VALUE, a hyperparameter of the method, as block=64; repeatable."),
     ] = None,
     weighting: Annotated[
-        str | None, typer.Option(help="Of tokens in moments: plain, attention or gradient.")
+        str | None, typer.Option(help="Of tokens in moments: plain, attention, gradient or squares.")
     ] = None,
     allocation: Annotated[
         str | None, typer.Option(help="uniform; paper, N by block importance; outliers, by STBLLM's rule.")

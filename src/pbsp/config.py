@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 from pbsp.allocation.entry import Entry
 from pbsp.allocation.planfile import check_written
-from pbsp.calibration.moments import Weighting
+from pbsp.calibration.moments import VALUES_MIXED, Weighting
 from pbsp.errors import ConfigError
 from pbsp.methods.integers import IntegerFit
 from pbsp.methods.table import METHODS, Method, build_method, option_types, patterns_of
@@ -40,8 +40,9 @@ class Config:
         options: the method's hyperparameters by name, such as `sweeps` and `block` of planes.
         weighting: how tokens count in the moments: "plain", all alike; in those of value projections as the
             "attention" mixes them; or likewise there, and in the others by the length of the "gradient" of
-            the loss at the layer's output, for which every window takes a backward pass. "auto" is gradient
-            with `bits`, `file_size` or `plan`, else attention for planes and plain for the others.
+            the loss at the layer's output, for which every window takes a backward pass; or in all by its
+            "squares", as a second-order loss has them. "auto" is gradient with `bits`, `file_size` or `plan`,
+            else attention for planes and plain for the others.
         allocation: "uniform"; "paper", N by block importance as in the paper's coarse stage; "outliers", N
             by the share of outlying scores as in STBLLM. The last two take one N:M. "auto" is outliers
             for stbllm and uniform for the others; with `bits`, `file_size` or `plan` it does not apply.
@@ -97,7 +98,7 @@ class Config:
         self._check_budget()
         if self.recover != "none" and (self.method not in _TUNED or self.inputs != "compressed"):
             raise ConfigError(f"recover takes method {' or '.join(_TUNED)}, and inputs compressed")
-        if self.moment_weighting != "plain" and getattr(METHODS[self.method], "one_moment", False):
+        if self.moment_weighting in VALUES_MIXED and getattr(METHODS[self.method], "one_moment", False):
             raise ConfigError(
                 f"method {self.method} fits all rows of a layer together; weighting {self.moment_weighting} "
                 "gives the values of each head a moment of their own; use weighting plain"

@@ -15,6 +15,7 @@ from pbsp.allocation.measured import Costs, measure_costs
 from pbsp.allocation.plan import uniform_plan
 from pbsp.allocation.planfile import plan_of
 from pbsp.calibration.importance import block_cosines, outlier_ratios
+from pbsp.calibration.moments import BY_GRADIENT
 from pbsp.calibration.sensitivity import gradient_lengths, token_weights
 from pbsp.config import AUTO, Config
 from pbsp.distributed import ALONE, Ranks
@@ -88,7 +89,7 @@ def make_plan(
     """
     measured = measured or Measured()
     first = MEASURED_WINDOWS if config.budgeted else 0
-    weighted = config.moment_weighting == "gradient"
+    weighted = config.moment_weighting in BY_GRADIENT
     rest = tokens[first:] if weighted else tokens[:0]
     own = ranks.part(len(rest))
     groups = [group for group in rest[own.start : own.stop].split(MEASURED_WINDOWS) if len(group)]
@@ -111,7 +112,9 @@ def make_plan(
         for part, (group, step) in enumerate(zip(groups, steps[bool(first) : parts - tries], strict=True))
     ]
     lengths += [part for one in ranks.gather(found) for part in one]
-    weights = _joined_weights(lengths, tokens.numel())
+    joined = _joined(lengths, tokens.numel())
+    squares = config.moment_weighting == "squares"
+    weights = {name: token_weights(found, squares=squares) for name, found in joined.items()}
     importances = _importances(model, blocks, config, tokens, ranks)
 
     def chosen(costs: Costs | None) -> Planned:
@@ -120,9 +123,12 @@ def make_plan(
     planned = ranks.from_first(partial(chosen, costs))
     if costs and tries:
         some = tokens[: max(first, ranks.size)]
-        first_weights = {name: found[: some.numel()] for name, found in weights.items()}
-        tried = replace(planned, token_weights=first_weights)
-        losses = trial_losses(model, tried, config, some, progress=steps[-1], ranks=ranks)
+        by_squares = {
+            name: token_weights(found[: some.numel()], squares=True) for name, found in joined.items()
+        }
+        tried = replace(planned, token_weights=by_squares)
+        as_tried = replace(config, weighting="squares") if weighted else config
+        losses = trial_losses(model, tried, as_tried, some, progress=steps[-1], ranks=ranks)
         corrected = costs.corrected(planned.plan, losses)
         planned = replace(ranks.from_first(partial(chosen, corrected)), tried=corrected is not costs)
     return replace(planned, token_weights=weights)
@@ -135,8 +141,8 @@ def _step(
     return progress and (lambda done, total: progress(part * total + done, parts * total))
 
 
-def _joined_weights(lengths: list[dict[str, Tensor]], tokens: int) -> dict[str, Tensor]:
-    """The weights of all tokens, for linears that are called on each of them once.
+def _joined(lengths: list[dict[str, Tensor]], tokens: int) -> dict[str, Tensor]:
+    """The gradients' squared lengths at all tokens, for linears that are called on each of them once.
 
     Others, as those of experts, may be called on other tokens when their moments are measured.
     """
@@ -147,7 +153,7 @@ def _joined_weights(lengths: list[dict[str, Tensor]], tokens: int) -> dict[str, 
         for name in lengths[0]
         if all(name in part for part in lengths)
     }
-    return {name: token_weights(found) for name, found in joined.items() if len(found) == tokens}
+    return {name: found for name, found in joined.items() if len(found) == tokens}
 
 
 def _importances(

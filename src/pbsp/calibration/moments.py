@@ -16,9 +16,12 @@ from pbsp.distributed import ALONE, Ranks
 from pbsp.errors import CalibrationError
 from pbsp.models.blocks import Block, linear_weight
 
-Weighting = Literal["plain", "attention", "gradient"]
+Weighting = Literal["plain", "attention", "gradient", "squares"]
 """How tokens count in moments: all alike; in a value projection's as the attention mixes them; or likewise
-there, and in the others' by the length of the gradient of the model's loss at the layer's output."""
+there, and in the others' by the length of the gradient of the model's loss at the layer's output; or in all
+of them by its squared length."""
+VALUES_MIXED: tuple[Weighting, ...] = ("attention", "gradient")
+BY_GRADIENT: tuple[Weighting, ...] = ("gradient", "squares")
 
 
 def collect_moments(
@@ -134,7 +137,7 @@ def collect_block_moments(
         block: its linear layers are still dense.
         linears: of the block; others get no moment.
         weighting: of the tokens; for a value projection's see `calibration.attention`.
-        weights: of "gradient", see `collect_moments`; they come from the whole model, by `gradient_lengths`.
+        weights: by gradient, see `collect_moments`; they come from the whole model, by `gradient_lengths`.
         keep: the outputs become the next block's inputs.
         query_rows: see `ValueMoments`.
         seed: of the choice of query rows.
@@ -145,14 +148,15 @@ def collect_block_moments(
     """
     before = sum(ranks.gather(len(walk.hidden))[: ranks.rank])  # windows of earlier ranks
     tokens = before * walk.hidden[0].shape[1]
-    chosen = weights if weighting == "gradient" and weights else {}
+    chosen = weights if weighting in BY_GRADIENT and weights else {}
+    mixed = weighting in VALUES_MIXED
     chosen = {name: found[tokens:] for name, found in chosen.items()}
     values = ValueMoments(block, query_rows=query_rows, seed=seed, skipped=before)
-    with nullcontext() if weighting == "plain" else values.watching():
+    with values.watching() if mixed else nullcontext():
         run = lambda: walk.run(index, block.module, keep=keep)  # noqa: E731
         whole = collect_moments(linears, run, weights=chosen, ranks=ranks)
     inputs = {name: _whole(linears[name], moment) for name, moment in whole.items()}
-    if weighting == "plain":
+    if not mixed:
         return BlockMoments(inputs, {})
     values.add_ranks(ranks)
     if values.reason or values.heads is None:

@@ -111,8 +111,8 @@ def gradient_lengths(
     return {name: torch.cat(lengths) for name, lengths in found.items()}
 
 
-def token_weights(lengths: Float[Tensor, "tokens"]) -> Float[Tensor, "tokens"]:
-    """Weights with mean 1 in proportion to gradient lengths; without any gradient all alike.
+def token_weights(lengths: Float[Tensor, "tokens"], *, squares: bool = False) -> Float[Tensor, "tokens"]:
+    """Weights with mean 1 in proportion to gradient lengths, or `squares`; without any gradient all alike.
 
     A second-order loss asks for their squares. But so few tokens have nearly all of these that a moment would
     be of these few: in half of SmolLM2's value projections of 138 out of 32,768, by Kish's formula
@@ -121,7 +121,7 @@ def token_weights(lengths: Float[Tensor, "tokens"]) -> Float[Tensor, "tokens"]:
     Args:
         lengths: squared, as they are kept.
     """
-    weights = lengths.sqrt()
+    weights = lengths if squares else lengths.sqrt()
     mean = float(weights.mean())
     return weights / mean if mean > 0 else torch.ones_like(lengths)
 
