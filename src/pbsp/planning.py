@@ -123,7 +123,7 @@ def make_plan(
     planned = ranks.from_first(partial(chosen, costs))
     if costs and tries:
         some = tokens[: max(first, ranks.size)]
-        # by lengths, as layers are compressed afterwards, plans were worse below two bits: docs/experiments.md
+        # by lengths, as layers are compressed later, plans were worse below two bits: docs/experiments.md
         by_squares = {
             name: token_weights(found[: some.numel()], squares=True) for name, found in joined.items()
         }
