@@ -37,6 +37,7 @@ def test_auto_follows_the_method():
     assert Config().moment_weighting == "attention"
     assert Config("pbsp").moment_weighting == "plain"
     assert Config("pbsp", weighting="attention").moment_weighting == "attention"
+    assert Config("nanoquant", weighting="squares").moment_weighting == "squares"  # one moment for all rows
     assert Config("stbllm").coarse == "outliers"
     assert Config("pbsp").coarse is None
 
