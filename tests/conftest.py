@@ -43,3 +43,14 @@ def kernel(monkeypatch):
     yield choose
     compiled.kernel_name.cache_clear()
     compiled.activations.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def matrix_instructions(monkeypatch):
+    """Chooses whether float32 models are tuned with products in bfloat16: no, whatever this machine has."""
+
+    def choose(have):
+        monkeypatch.setattr("pbsp.models.products._has_matrix_instructions", lambda: have)
+
+    choose(False)
+    return choose

@@ -22,6 +22,7 @@ from pbsp.methods.table import packs
 from pbsp.models.blocks import decoder_blocks, linear_weight
 from pbsp.models.experts import split_experts
 from pbsp.models.precision import cast_stored, check_finite, storage_dtype, weights_digest
+from pbsp.models.products import products_dtype
 from pbsp.models.shards import OUTSIDE, shards_of
 from pbsp.planned import Planned
 from pbsp.planning import MEASURED_WINDOWS, Measured, check_request, make_plan
@@ -212,10 +213,12 @@ def _scratch(config: Config, unfinished: Unfinished | None, ranks: Ranks) -> str
 def _settings(model: PreTrainedModel, config: Config, windows: Windows) -> dict[str, str]:
     """All that the result depends on, by name."""
     chosen = {name.replace("_", " "): str(value) for name, value in config.to_dict().items()}
+    device = (shards_of(model) or model).device
     return {
         **chosen,
         "computed in": str(model.dtype).removeprefix("torch."),
-        "device": (shards_of(model) or model).device.type,
+        "products tuned in": str(products_dtype(model.dtype, device)).removeprefix("torch."),
+        "device": device.type,
         "calibration text": windows.text,
         "calibration windows": f"{len(windows)} of {windows.context} tokens",
         "calibration seed": str(windows.seed),

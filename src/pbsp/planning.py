@@ -123,16 +123,31 @@ def make_plan(
     planned = ranks.from_first(partial(chosen, costs))
     if costs and tries:
         some = tokens[: max(first, ranks.size)]
-        # by lengths, as layers are compressed later, plans were worse below two bits: docs/experiments.md
-        by_squares = {
-            name: token_weights(found[: some.numel()], squares=True) for name, found in joined.items()
-        }
-        tried = replace(planned, token_weights=by_squares)
-        as_tried = replace(config, weighting="squares") if weighted else config
-        losses = trial_losses(model, tried, as_tried, some, progress=steps[-1], ranks=ranks)
+        losses = _trial(model, planned, config, some, joined, steps[-1], ranks)
         corrected = costs.corrected(planned.plan, losses)
         planned = replace(ranks.from_first(partial(chosen, corrected)), tried=corrected is not costs)
     return replace(planned, token_weights=weights)
+
+
+def _trial(
+    model: PreTrainedModel,
+    planned: Planned,
+    config: Config,
+    tokens: Tensor,
+    lengths: dict[str, Tensor],
+    progress: Callable[[int, int], None] | None,
+    ranks: Ranks,
+) -> dict[str, float]:
+    """What each layer's error costs in a copy that is compressed as planned, on the first windows.
+
+    Where tokens weigh by gradients, the copy's weigh by squares: by lengths, as layers are compressed
+    later, plans were worse below two bits (docs/experiments.md).
+    """
+    if config.moment_weighting in BY_GRADIENT:
+        weights = {name: token_weights(f[: tokens.numel()], squares=True) for name, f in lengths.items()}
+        planned = replace(planned, token_weights=weights)
+        config = replace(config, weighting="squares")
+    return trial_losses(model, planned, config, tokens, progress=progress, ranks=ranks)
 
 
 def _step(

@@ -16,6 +16,7 @@ from pbsp.integrations.transformers import PbspQuantizationConfig, attach
 from pbsp.models.blocks import decoder_blocks, linear_weight
 from pbsp.models.experts import split_experts
 from pbsp.models.precision import cast_stored, weights_digest
+from pbsp.models.products import products_dtype
 from pbsp.packed_linear import PackedLinear
 from pbsp.recovery.model import MODEL_TUNING, recover_model
 from pbsp.recovery.tunable import Tuning
@@ -127,6 +128,7 @@ def _settings(
     return {
         **{name.replace("_", " "): str(value) for name, value in asdict(tuning).items()},
         "computed in": str(model.dtype).removeprefix("torch."),
+        "products tuned in": str(products_dtype(model.dtype, model.device)).removeprefix("torch."),
         "device": model.device.type,
         "calibration text": windows.text,
         "calibration windows": f"{len(windows)} of {windows.context} tokens",

@@ -51,6 +51,14 @@ def test_the_loss_is_relative_to_each_tokens_length():
     assert task.train == range(8)
 
 
+def test_products_in_bfloat16_hardly_change_the_loss(matrix_instructions):
+    _, task, _ = compressed_block()
+    exact = task.held_out()
+    matrix_instructions(True)
+    assert task.held_out() != exact
+    assert task.held_out() == pytest.approx(exact, rel=1e-2)
+
+
 @pytest.mark.parametrize("code_rate", [0.0, 1e-2])
 @pytest.mark.parametrize("name", ["qwen2", "gpt2"])
 @torch.no_grad()

@@ -78,6 +78,18 @@ def test_distillation_brings_held_out_predictions_nearer(name, embeddings, code_
     assert all(parameter.grad is None for parameter in [*original.parameters(), *model.parameters()])
 
 
+def test_products_in_bfloat16_win_as_much_in_float32(small_steps, matrix_instructions):
+    model, original = pair()
+    tokens = windows().tokens
+    before, quick = divergence(original, model, tokens[-2:]), copy.deepcopy(model)
+    recover_model(model, original, tokens, Tuning(3, 1e-2, 1e-2))
+    matrix_instructions(True)
+    found = recover_model(quick, original, tokens, Tuning(3, 1e-2, 1e-2))
+    exact, after = (divergence(original, one, tokens[-2:]) for one in (model, quick))
+    assert found.after == pytest.approx(after, rel=0.02)
+    assert before - after > 0.75 * (before - exact) > 0
+
+
 @pytest.mark.parametrize("code_rate", [0.0, 1e-2])
 def test_other_layouts_are_tuned_too(code_rate, small_steps):
     model, original = pair(method="nanoquant", options={"bits": 1.5, "iterations": 20})

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from pbsp.models.products import quick_products
 from pbsp.recovery.tunable import Tunable, Tuning, tunable
 
 ADAPTING = Tuning(epochs=2, rate=4e-4, code_rate=0.0)
@@ -81,7 +82,9 @@ class BlockTask:
         return before, best
 
     def _loss(self, window: int) -> Tensor:
-        output, target = self._run(self._inputs[window]).float(), self._targets[window].float()
+        x, target = self._inputs[window], self._targets[window].float()
+        with quick_products(x.dtype, x.device):
+            output = self._run(x).float()
         errors = (output - target).square().sum(-1)
         return (errors / target.square().sum(-1).clamp_min(1e-30)).mean()
 

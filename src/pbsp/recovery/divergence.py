@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from pbsp.errors import CalibrationError
 from pbsp.evaluation.divergence import token_divergence
+from pbsp.models.products import quick_products
 
 MOST_KEPT = 2 << 30
 """Bytes of a window's way forward; what takes more is computed again, for a fifth of a step's time."""
@@ -22,13 +23,16 @@ MOST_KEPT = 2 << 30
 def divergence(model: PreTrainedModel, teacher: PreTrainedModel, window: Int64[Tensor, "context"]) -> Tensor:
     """KL(teacher ‖ model) in nats per token, with a gradient for the model where that is enabled.
 
+    Its products are `quick_products`.
+
     Raises:
         CalibrationError: it is not finite.
     """
     tokens = window[None].to(model.device)
-    with torch.no_grad():
-        wanted = teacher(input_ids=tokens, use_cache=False).logits[0]
-    found = model(input_ids=tokens, use_cache=False).logits[0]
+    with quick_products(model.dtype, model.device):
+        with torch.no_grad():
+            wanted = teacher(input_ids=tokens, use_cache=False).logits[0]
+        found = model(input_ids=tokens, use_cache=False).logits[0]
     mean = token_divergence(wanted, found)[0].mean()
     if not bool(torch.isfinite(mean)):
         raise CalibrationError(
