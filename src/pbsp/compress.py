@@ -214,10 +214,12 @@ def _settings(model: PreTrainedModel, config: Config, windows: Windows) -> dict[
     """All that the result depends on, by name."""
     chosen = {name.replace("_", " "): str(value) for name, value in config.to_dict().items()}
     device = (shards_of(model) or model).device
+    products = str(products_dtype(model.dtype, device)).removeprefix("torch.")
+    tuned = {} if config.recover == "none" else {"products tuned in": products}
     return {
         **chosen,
         "computed in": str(model.dtype).removeprefix("torch."),
-        "products tuned in": str(products_dtype(model.dtype, device)).removeprefix("torch."),
+        **tuned,
         "device": device.type,
         "calibration text": windows.text,
         "calibration windows": f"{len(windows)} of {windows.context} tokens",

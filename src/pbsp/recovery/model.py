@@ -93,12 +93,12 @@ def recover_model(
     blocks = [model.get_submodule(block.name) for block in decoder_blocks(teacher)]
 
     def held_out() -> float:
-        return sum(float(divergence(model, teacher, window)) for window in judged) / held
+        return sum(float(divergence(model, teacher, window, quick=True)) for window in judged) / held
 
     originals = _weights(teacher)
     with (
         tunable(model, tuning, steps=steps, originals=originals) as chosen,
-        little_kept(model, teacher, blocks, judged[0]),
+        little_kept(model, teacher, blocks, judged[0], quick=True),
     ):
         found = kept.load(model.device) if kept else None
         if found:
@@ -145,7 +145,7 @@ def _step(model: PreTrainedModel, teacher: PreTrainedModel, windows: Tensor, cho
     total = 0.0
     for window in windows:
         with torch.enable_grad():
-            loss = divergence(model, teacher, window) / len(windows)
+            loss = divergence(model, teacher, window, quick=True) / len(windows)
             loss.backward(inputs=chosen.leaves())
         total += float(loss.detach())
     chosen.step()
