@@ -100,7 +100,8 @@ def error_losses(
     found = _Products(model, changed, names)
     products, part = found.products, ranks.part(len(tokens))
     try:
-        with little_kept(changed, model, [block.module for block in decoder_blocks(changed)], tokens[0]):
+        blocks = [block.module for block in decoder_blocks(changed)]
+        with little_kept(changed, blocks, lambda: divergence(changed, model, tokens[0])):
             for done, window in enumerate(tokens[part.start : part.stop]):
                 if progress:
                     progress(done, len(part))

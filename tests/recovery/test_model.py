@@ -10,6 +10,7 @@ from pbsp.errors import CorpusError
 from pbsp.evaluation.divergence import token_divergence
 from pbsp.packed_linear import PackedLinear
 from pbsp.recovery.divergence import _kept_bytes
+from pbsp.recovery.divergence import divergence as model_divergence
 from pbsp.recovery.model import recover_model
 from pbsp.recovery.tunable import Tuning
 from pbsp.recovery.tuning_file import TuningFile
@@ -124,7 +125,10 @@ def test_gradients_through_checkpoints_are_those_of_the_whole_model(small_steps,
 def test_what_a_way_forward_keeps_grows_with_its_tokens_and_not_with_weights():
     model, original = pair()
     tokens = torch.arange(1, 65)
-    kept = [_kept_bytes(model, original, tokens[:length]) for length in (16, 32, 64)]
+    kept = [
+        _kept_bytes(model, lambda length=length: model_divergence(model, original, tokens[:length]))
+        for length in (16, 32, 64)
+    ]
     width, blocks = model.config.hidden_size, model.config.num_hidden_layers
     assert kept[0] > 16 * 4 * width * blocks
     assert kept[2] - kept[1] == pytest.approx(2 * (kept[1] - kept[0]), rel=0.1)

@@ -1,7 +1,7 @@
 """How far a whole model's predictions are from the original's, with a way back that fits in memory."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 
 from pbsp.errors import CalibrationError
 from pbsp.evaluation.divergence import token_divergence
-from pbsp.models.products import quick_products
 
 MOST_KEPT = 2 << 30
 """Bytes of a window's way forward; what takes more is computed again, for a fifth of a step's time."""
@@ -24,22 +23,16 @@ def divergence(
     model: PreTrainedModel,
     teacher: PreTrainedModel,
     window: Int64[Tensor, "context"],
-    *,
-    quick: bool = False,
 ) -> Tensor:
     """KL(teacher ‖ model) in nats per token, with a gradient for the model where that is enabled.
-
-    Args:
-        quick: by `quick_products`.
 
     Raises:
         CalibrationError: it is not finite.
     """
     tokens = window[None].to(model.device)
-    with quick_products(model.dtype, model.device) if quick else nullcontext():
-        with torch.no_grad():
-            wanted = teacher(input_ids=tokens, use_cache=False).logits[0]
-        found = model(input_ids=tokens, use_cache=False).logits[0]
+    with torch.no_grad():
+        wanted = teacher(input_ids=tokens, use_cache=False).logits[0]
+    found = model(input_ids=tokens, use_cache=False).logits[0]
     mean = token_divergence(wanted, found)[0].mean()
     if not bool(torch.isfinite(mean)):
         raise CalibrationError(
@@ -51,32 +44,21 @@ def divergence(
 
 @contextmanager
 def little_kept(
-    model: PreTrainedModel,
-    teacher: PreTrainedModel,
-    blocks: list[nn.Module],
-    window: Int64[Tensor, "context"],
-    *,
-    quick: bool = False,
+    model: PreTrainedModel, blocks: list[nn.Module], forward: Callable[[], Tensor]
 ) -> Iterator[None]:
-    """While it lasts, the model keeps at most 2 GiB of such a window's `divergence` for the way back.
+    """While it lasts, the model keeps at most 2 GiB of such a `forward` for the way back.
 
     Where that is too little, it is the hidden states before every block, which is then computed again.
     """
-    if _kept_bytes(model, teacher, window, quick=quick) > MOST_KEPT:
+    if _kept_bytes(model, forward) > MOST_KEPT:
         with _checkpointed(blocks):
             yield
     else:
         yield
 
 
-def _kept_bytes(
-    model: PreTrainedModel,
-    teacher: PreTrainedModel,
-    window: Int64[Tensor, "context"],
-    *,
-    quick: bool = False,
-) -> int:
-    """At most so many bytes a way forward keeps for the way back, weights not counted."""
+def _kept_bytes(model: PreTrainedModel, forward: Callable[[], Tensor]) -> int:
+    """At most so many bytes `forward` keeps for the way back, weights not counted."""
     weights = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     total, nothing = 0, torch.empty(0)
 
@@ -87,7 +69,7 @@ def _kept_bytes(
         return nothing
 
     with torch.enable_grad(), saved_tensors_hooks(count, lambda kept: kept):
-        divergence(model, teacher, window, quick=quick)
+        forward()
     return total
 
 

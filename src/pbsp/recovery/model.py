@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from pbsp.errors import CorpusError
 from pbsp.models.blocks import decoder_blocks, linear_weight
+from pbsp.models.products import quick_products
 from pbsp.recovery.divergence import divergence, little_kept
 from pbsp.recovery.tunable import Tunable, Tuning, tunable
 from pbsp.recovery.tuning_file import TuningFile
@@ -93,12 +94,12 @@ def recover_model(
     blocks = [model.get_submodule(block.name) for block in decoder_blocks(teacher)]
 
     def held_out() -> float:
-        return sum(float(divergence(model, teacher, window, quick=True)) for window in judged) / held
+        return sum(float(_divergence(model, teacher, window)) for window in judged) / held
 
     originals = _weights(teacher)
     with (
         tunable(model, tuning, steps=steps, originals=originals) as chosen,
-        little_kept(model, teacher, blocks, judged[0], quick=True),
+        little_kept(model, blocks, lambda: _divergence(model, teacher, judged[0])),
     ):
         found = kept.load(model.device) if kept else None
         if found:
@@ -140,12 +141,17 @@ def _weights(teacher: PreTrainedModel) -> dict[str, Tensor]:
     }
 
 
+def _divergence(model: PreTrainedModel, teacher: PreTrainedModel, window: Tensor) -> Tensor:
+    with quick_products(model.dtype, model.device):
+        return divergence(model, teacher, window)
+
+
 def _step(model: PreTrainedModel, teacher: PreTrainedModel, windows: Tensor, chosen: Tunable) -> float:
     """One update; the windows' mean KL before it."""
     total = 0.0
     for window in windows:
         with torch.enable_grad():
-            loss = divergence(model, teacher, window, quick=True) / len(windows)
+            loss = _divergence(model, teacher, window) / len(windows)
             loss.backward(inputs=chosen.leaves())
         total += float(loss.detach())
     chosen.step()
