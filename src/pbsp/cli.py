@@ -56,6 +56,24 @@ def _fail(message: str) -> int:
     return 2
 
 
+def _print_version(wanted: bool) -> bool:
+    if wanted:
+        from pbsp import __version__
+
+        print(f"pbsp {__version__}")
+        raise typer.Exit
+    return wanted
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """What stands before a subcommand."""
+
+
 @app.command()
 def compress(
     model: Model,

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from importlib.metadata import version
 
 from command_line import SELF, succeeds
 from fresh import PBSP
@@ -7,6 +8,10 @@ from fresh import PBSP
 
 def test_no_arguments_show_the_help(capsys):
     assert "compress" in succeeds(capsys)
+
+
+def test_version_is_that_of_the_installed_package(capsys):
+    assert succeeds(capsys, "--version") == f"pbsp {version('pbsp')}\n"
 
 
 def test_module_runs_quietly_in_a_process_of_its_own(tmp_path, source, compressed, fresh):
