@@ -1,5 +1,6 @@
 // The functions of pbsp_cpu.h.
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cmath>
 #include <cstring>
@@ -19,7 +20,7 @@ namespace {
 constexpr int64_t kTaskWeights = 1 << 16;      // of a range of rows that a thread takes at once
 constexpr int64_t kThreadProducts = 1 << 18;   // weights × activation rows that are worth a thread
 constexpr int64_t kThreadCodes = 1 << 17;      // codes × rows that are
-constexpr int64_t kSearchRows = 256;           // that a thread searches at once
+constexpr int64_t kTaskRows = 256;             // that a thread searches at once
 
 Matrix matrix_of(const PbspMatrix& given) {
   Matrix matrix{};
@@ -64,6 +65,10 @@ T* scratch(std::vector<T>& memory, int64_t count) {
 }
 thread_local std::vector<uint64_t> word_scratch;
 thread_local std::vector<float> row_scratch;
+struct alignas(64) Sums {
+  float rows[kSearchRows];
+};
+thread_local std::vector<Sums> sum_scratch;
 
 uint64_t* words_for(const Matrix& matrix) {
   uint64_t* words = scratch(word_scratch, word_count(matrix));
@@ -156,6 +161,37 @@ std::vector<float> half_energies(const int8_t* vectors, int64_t count, const flo
     found[index] = static_cast<float>(energy / 2);
   }
   return found;
+}
+
+// The different halves of vectors, see `VectorSearch`.
+struct Parts {
+  std::vector<int8_t> entries;
+  std::vector<uint16_t> of;
+  int64_t first_count = 0;
+};
+
+Parts parts_of(const int8_t* vectors, int64_t count) {
+  constexpr int kEntries = 2 * kLargestEntry + 1;
+  constexpr uint16_t kUnknown = 0xffff;
+  Parts parts;
+  parts.of.resize(2 * count);
+  for (int half = 0; half < 2; ++half) {
+    std::array<uint16_t, kEntries * kEntries * kEntries * kEntries> known;
+    static_assert(kPart == 4 && 2 * known.size() < kUnknown);
+    known.fill(kUnknown);
+    const int8_t* entries = vectors + half * kPart;
+    for (int64_t index = 0; index < count; ++index, entries += kVector) {
+      int key = 0;
+      for (int i = 0; i < kPart; ++i) key = kEntries * key + entries[i] + kLargestEntry;
+      if (known[key] == kUnknown) {
+        known[key] = static_cast<uint16_t>(parts.entries.size() / kPart);
+        parts.entries.insert(parts.entries.end(), entries, entries + kPart);
+      }
+      parts.of[2 * index + half] = known[key];
+    }
+    if (half == 0) parts.first_count = static_cast<int64_t>(parts.entries.size()) / kPart;
+  }
+  return parts;
 }
 
 template <class Work>
@@ -252,7 +288,7 @@ int pbsp_best_codes(const char* name, int kept, int group, const float* correlat
                             energies.data(), correlation, scale, codes, rows};
     const int64_t tried = static_cast<int64_t>(energies.size()) * rows;
     threads = static_cast<int>(std::clamp<int64_t>(tried / kThreadCodes, 1, threads));
-    parallel(rows, kSearchRows, threads, [&](int64_t low, int64_t high) { kernels.search(search, low, high); });
+    parallel(rows, kTaskRows, threads, [&](int64_t low, int64_t high) { kernels.search(search, low, high); });
   });
 }
 
@@ -261,9 +297,14 @@ int pbsp_best_vectors(const char* name, const int8_t* vectors, int64_t count, co
   return guarded([&] {
     const Kernels& kernels = *kernels_named(name);
     const std::vector<float> energies = half_energies(vectors, count, metric);
-    const VectorSearch search{count, vectors, energies.data(), correlation, scale, found, rows};
+    const Parts parts = parts_of(vectors, count);
+    const int64_t part_count = static_cast<int64_t>(parts.entries.size()) / kPart;
+    const VectorSearch search{count, vectors, energies.data(), parts.entries.data(), parts.first_count, part_count,
+                              parts.of.data(), correlation, scale, found, rows};
     threads = static_cast<int>(std::clamp<int64_t>(count * rows / kThreadCodes, 1, threads));
-    parallel(rows, kSearchRows, threads, [&](int64_t low, int64_t high) { kernels.search_vectors(search, low, high); });
+    parallel(rows, kTaskRows, threads, [&](int64_t low, int64_t high) {
+      kernels.search_vectors(search, low, high, scratch(sum_scratch, part_count)->rows);
+    });
   });
 }
 

@@ -91,6 +91,8 @@ struct RowProduct {
 };
 
 constexpr int kSearchGroup = 64;  // weights of the widest group that is searched
+constexpr int kSearchRows = 32;   // rows that are searched at a time, at most
+constexpr int kPart = 4;          // entries of half a lattice's vector
 
 // The best codes of one group of every row, see search.hpp.
 struct CodeSearch {
@@ -111,6 +113,10 @@ struct VectorSearch {
   int64_t count;
   const int8_t* vectors;       // (count, kVector), −kLargestEntry to kLargestEntry; the negatives are meant, too
   const float* half_energies;  // vᵀ G v / 2
+  const int8_t* parts;         // (part_count, kPart), all different halves of vectors, the first ones before the last
+  int64_t first_parts;
+  int64_t part_count;
+  const uint16_t* parts_of;  // (count, 2), each vector's two
   const float* correlation;    // (kVector, rows)
   const float* scale;          // (rows), not negative
   float* found;                // (kVector, rows)
@@ -129,7 +135,7 @@ struct Kernels {
   void (*bytes)(const RowProduct& product, int64_t low, int64_t high);
   void (*nibbles)(const RowProduct& product, int64_t low, int64_t high);
   void (*search)(const CodeSearch& search, int64_t low, int64_t high);
-  void (*search_vectors)(const VectorSearch& search, int64_t low, int64_t high);
+  void (*search_vectors)(const VectorSearch& search, int64_t low, int64_t high, float* sums);
 };
 
 // Words that `multiply` and `decode` are given to work in; the first `chunks` of them are ones.

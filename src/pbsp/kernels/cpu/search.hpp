@@ -101,18 +101,21 @@ void search_codes(const CodeSearch& search, int64_t low, int64_t high) {
   }
 }
 
-// The same for a lattice's vectors. Multiples of the correlations are rounded once, and then only added, so that
-// here, too, all instruction sets do the same.
+// The same for a lattice's vectors. Many have one half in common (E8's 2,048 have 295 first and 154 last halves), so
+// that a vector takes one sum of two halves. Multiples of the correlations are rounded once, and then only added, so
+// that here, too, all instruction sets do the same.
+//
+// `sums` has room for kSearchRows numbers of every part.
 template <class Isa>
-void search_vectors(const VectorSearch& search, int64_t low, int64_t high) {
+void search_vectors(const VectorSearch& search, int64_t low, int64_t high, float* sums) {
   constexpr int kLanes = Isa::kFloatLanes, kRows = kSearchRegisters * kLanes;
+  static_assert(kRows <= kSearchRows);
   constexpr int kMultiples = 2 * kLargestEntry + 1;
   using Floats = typename SearchTypes<kLanes>::Floats;
   using Ints = typename SearchTypes<kLanes>::Ints;
   alignas(64) float t[kVector][kMultiples][kRows];
   alignas(64) float scales[kRows];
   alignas(64) int32_t found[kRows];
-  alignas(64) int32_t minus[kRows];
   for (int64_t row = low; row < high; row += kRows) {
     const int64_t count = high - row < kRows ? high - row : kRows;
     std::memset(t, 0, sizeof t);
@@ -125,35 +128,45 @@ void search_vectors(const VectorSearch& search, int64_t low, int64_t high) {
         for (int64_t lane = 0; lane < count; ++lane) t[place][multiple][lane] = times * correlation[lane];
       }
     }
-    Floats scale[kSearchRegisters], best[kSearchRegisters], one;
-    Ints number[kSearchRegisters] = {}, negative[kSearchRegisters] = {}, at = {};
+    Floats one, other;
+    for (int64_t part = 0; part < search.part_count; ++part) {
+      const int8_t* entries = search.parts + part * kPart;
+      const int first = part < search.first_parts ? 0 : kPart;
+      for (int r = 0; r < kSearchRegisters; ++r) {
+        std::memcpy(&other, t[first][entries[0] + kLargestEntry] + r * kLanes, sizeof other);
+        for (int i = 1; i < kPart; ++i) {
+          std::memcpy(&one, t[first + i][entries[i] + kLargestEntry] + r * kLanes, sizeof one);
+          other += one;
+        }
+        std::memcpy(sums + part * kRows + r * kLanes, &other, sizeof other);
+      }
+    }
+    Floats scale[kSearchRegisters], best[kSearchRegisters];
+    Ints number[kSearchRegisters] = {}, at = {};
     for (int r = 0; r < kSearchRegisters; ++r) {
       std::memcpy(&scale[r], scales + r * kLanes, sizeof one);
       best[r] = scale[r] - scale[r] - __builtin_huge_valf();
     }
-    const int8_t* vector = search.vectors;
-    for (int64_t index = 0; index < search.count; ++index, vector += kVector) {
+    const uint16_t* parts = search.parts_of;
+    for (int64_t index = 0; index < search.count; ++index, parts += 2) {
       for (int r = 0; r < kSearchRegisters; ++r) {
-        Floats dot;
-        std::memcpy(&dot, t[0][vector[0] + kLargestEntry] + r * kLanes, sizeof dot);
-        for (int place = 1; place < kVector; ++place) {
-          std::memcpy(&one, t[place][vector[place] + kLargestEntry] + r * kLanes, sizeof one);
-          dot += one;
-        }
-        const Floats score = (Floats)((Ints)dot & 0x7fffffff) - search.half_energies[index] * scale[r];
+        std::memcpy(&one, sums + parts[0] * kRows + r * kLanes, sizeof one);
+        std::memcpy(&other, sums + parts[1] * kRows + r * kLanes, sizeof other);
+        const Floats size = (Floats)((Ints)(one + other) & 0x7fffffff);
+        const Floats score = size - search.half_energies[index] * scale[r];
         const Ints better = score > best[r];
         best[r] = (Floats)(((Ints)score & better) | ((Ints)best[r] & ~better));
         number[r] = (at & better) | (number[r] & ~better);
-        negative[r] = ((Ints)dot & better) | (negative[r] & ~better);
       }
       at += 1;
     }
     std::memcpy(found, number, sizeof found);
-    std::memcpy(minus, negative, sizeof minus);
     for (int lane = 0; lane < count; ++lane) {
       const int8_t* chosen = search.vectors + kVector * static_cast<int64_t>(found[lane]);
+      const uint16_t* halves = search.parts_of + 2 * static_cast<int64_t>(found[lane]);
+      const float plus = sums[halves[0] * kRows + lane] + sums[halves[1] * kRows + lane] < 0 ? -1.0f : 1.0f;
       for (int place = 0; place < kVector; ++place) {
-        search.found[place * search.rows + row + lane] = static_cast<float>(minus[lane] < 0 ? -chosen[place] : chosen[place]);
+        search.found[place * search.rows + row + lane] = plus * static_cast<float>(chosen[place]);
       }
     }
   }
