@@ -171,18 +171,17 @@ struct Parts {
 };
 
 Parts parts_of(const int8_t* vectors, int64_t count) {
-  constexpr int kEntries = 2 * kLargestEntry + 1;
   constexpr uint16_t kUnknown = 0xffff;
   Parts parts;
   parts.of.resize(2 * count);
   for (int half = 0; half < 2; ++half) {
-    std::array<uint16_t, kEntries * kEntries * kEntries * kEntries> known;
+    std::array<uint16_t, kEntryValues * kEntryValues * kEntryValues * kEntryValues> known;
     static_assert(kPart == 4 && 2 * known.size() < kUnknown);
     known.fill(kUnknown);
     const int8_t* entries = vectors + half * kPart;
     for (int64_t index = 0; index < count; ++index, entries += kVector) {
       int key = 0;
-      for (int i = 0; i < kPart; ++i) key = kEntries * key + entries[i] + kLargestEntry;
+      for (int i = 0; i < kPart; ++i) key = kEntryValues * key + entries[i] + kLargestEntry;
       if (known[key] == kUnknown) {
         known[key] = static_cast<uint16_t>(parts.entries.size() / kPart);
         parts.entries.insert(parts.entries.end(), entries, entries + kPart);

@@ -17,6 +17,7 @@ namespace pbsp {
 constexpr int kMaxPlanes = 4;
 constexpr int kVector = 8;        // entries of a lattice's vectors
 constexpr int kLargestEntry = 4;  // of them
+constexpr int kEntryValues = 2 * kLargestEntry + 1;
 constexpr int kChunk = 64;  // columns of a support word
 constexpr int kMaxDigits = 4;
 constexpr int64_t kGroupRows = 8;  // rows of the matrix that are expanded before all activations meet them
@@ -113,10 +114,10 @@ struct VectorSearch {
   int64_t count;
   const int8_t* vectors;       // (count, kVector), −kLargestEntry to kLargestEntry; the negatives are meant, too
   const float* half_energies;  // vᵀ G v / 2
-  const int8_t* parts;         // (part_count, kPart), all different halves of vectors, the first ones before the last
+  const int8_t* parts;         // (part_count, kPart), the different first halves of vectors, then the last ones
   int64_t first_parts;
   int64_t part_count;
-  const uint16_t* parts_of;  // (count, 2), each vector's two
+  const uint16_t* parts_of;    // (count, 2), each vector's two
   const float* correlation;    // (kVector, rows)
   const float* scale;          // (rows), not negative
   float* found;                // (kVector, rows)

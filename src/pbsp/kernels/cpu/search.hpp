@@ -101,7 +101,7 @@ void search_codes(const CodeSearch& search, int64_t low, int64_t high) {
   }
 }
 
-// The same for a lattice's vectors. Many have one half in common (E8's 2,048 have 295 first and 154 last halves), so
+// The same for a lattice's vectors. Many have one half in common (e8-12's 2,048 have 295 first and 154 last halves), so
 // that a vector takes one sum of two halves. Multiples of the correlations are rounded once, and then only added, so
 // that here, too, all instruction sets do the same.
 //
@@ -110,10 +110,9 @@ template <class Isa>
 void search_vectors(const VectorSearch& search, int64_t low, int64_t high, float* sums) {
   constexpr int kLanes = Isa::kFloatLanes, kRows = kSearchRegisters * kLanes;
   static_assert(kRows <= kSearchRows);
-  constexpr int kMultiples = 2 * kLargestEntry + 1;
   using Floats = typename SearchTypes<kLanes>::Floats;
   using Ints = typename SearchTypes<kLanes>::Ints;
-  alignas(64) float t[kVector][kMultiples][kRows];
+  alignas(64) float t[kVector][kEntryValues][kRows];
   alignas(64) float scales[kRows];
   alignas(64) int32_t found[kRows];
   for (int64_t row = low; row < high; row += kRows) {
@@ -122,7 +121,7 @@ void search_vectors(const VectorSearch& search, int64_t low, int64_t high, float
     std::memset(scales, 0, sizeof scales);
     std::memcpy(scales, search.scale + row, sizeof(float) * count);
     for (int place = 0; place < kVector; ++place) {
-      for (int multiple = 0; multiple < kMultiples; ++multiple) {
+      for (int multiple = 0; multiple < kEntryValues; ++multiple) {
         const float times = static_cast<float>(multiple - kLargestEntry);
         const float* correlation = search.correlation + place * search.rows + row;
         for (int64_t lane = 0; lane < count; ++lane) t[place][multiple][lane] = times * correlation[lane];
@@ -164,9 +163,9 @@ void search_vectors(const VectorSearch& search, int64_t low, int64_t high, float
     for (int lane = 0; lane < count; ++lane) {
       const int8_t* chosen = search.vectors + kVector * static_cast<int64_t>(found[lane]);
       const uint16_t* halves = search.parts_of + 2 * static_cast<int64_t>(found[lane]);
-      const float plus = sums[halves[0] * kRows + lane] + sums[halves[1] * kRows + lane] < 0 ? -1.0f : 1.0f;
+      const bool minus = sums[halves[0] * kRows + lane] + sums[halves[1] * kRows + lane] < 0;
       for (int place = 0; place < kVector; ++place) {
-        search.found[place * search.rows + row + lane] = plus * static_cast<float>(chosen[place]);
+        search.found[place * search.rows + row + lane] = static_cast<float>(minus ? -chosen[place] : chosen[place]);
       }
     }
   }
