@@ -37,7 +37,7 @@ _MAX_PLANES = 4
 
 
 class MatrixStruct(ctypes.Structure):
-    """`PbspMatrix` of library.cpp."""
+    """`PbspMatrix` of pbsp_cpu.h."""
 
     _fields_ = (
         ("layout", ctypes.c_void_p),
