@@ -1,6 +1,7 @@
 import pytest
+import torch
 
-from pbsp.binarization.planes import SCALE_BLOCK, block_count, even_block
+from pbsp.binarization.planes import SCALE_BLOCK, block_count, even_block, signs_of
 
 
 @pytest.mark.parametrize(
@@ -36,3 +37,12 @@ def test_blocks_are_whole_groups_no_wider_and_no_more_than_asked(groups, columns
 
 def test_the_default_holds_the_groups_that_are_usual():
     assert all(SCALE_BLOCK % group == 0 for group in (1, 4, 8, 10, 16, 32))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_both_zeros_count_as_positive(dtype):
+    values = torch.tensor([[-3.0, -0.0, 0.0], [2.0, float("-inf"), 1e-6]], dtype=dtype)
+    before = values.clone()
+    found = signs_of(values.requires_grad_())
+    torch.testing.assert_close(found, torch.tensor([[-1, 1, 1], [1, -1, 1]], dtype=dtype), rtol=0, atol=0)
+    assert torch.equal(values, before), "they are left as they were"
