@@ -21,6 +21,14 @@ def sweep_by_reinversion(weight, hessian, block):
     return result
 
 
+def points_of_e8(largest=4):
+    """All points of E8, doubled, with such entries: all even or all odd, their sum a multiple of 4."""
+    for entries in (range(-largest, largest + 1, 2), range(1 - largest, largest, 2)):
+        for point in itertools.product(entries, repeat=8):
+            if sum(point) % 4 == 0:
+                yield point
+
+
 def best_code_by_enumeration(correlation, metric, scale, pattern):
     """The code of one group with the least scale · c G cᵀ − 2 c · t, trying all of them."""
     best, best_loss = None, float("inf")

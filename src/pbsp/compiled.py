@@ -24,7 +24,7 @@ SmolLM2-135M moves by a KL of 1.5e-7 nats a token; with int8 by 6.4e-3, and comp
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Of activations and results, by the library's numbers."""
 
-_ABI = 7
+_ABI = 8
 _REFERENCE_ONLY = ("paper", "low-rank")
 _PLACES = (
     Path(__file__).parent / "kernels" / "pbsp_cpu.so",  # installed
@@ -150,6 +150,7 @@ def _declare(opened: ctypes.CDLL) -> None:
         "pbsp_multiply_rows": [text, small, pointer, number, number, pointer, number, pointer, small],
         "pbsp_best_codes": [text, small, small, pointer, pointer, pointer, pointer, number, small],
         "pbsp_best_vectors": [text, pointer, number, pointer, pointer, pointer, pointer, number, small],
+        "pbsp_nearest_points": [text, pointer, pointer, number, small],
         "pbsp_read": [pointer, number, small, ctypes.POINTER(ctypes.c_uint64)],
     }.items():
         getattr(opened, name).argtypes = arguments

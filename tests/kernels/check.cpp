@@ -254,6 +254,33 @@ void check_vectors(int64_t count, int64_t rows) {
   }
 }
 
+// The nearest points of E8: none of the 240 next to one is nearer, which is enough for a lattice.
+void check_points(int64_t groups) {
+  const Case with{{0, 8}, groups, 8, 8};
+  std::normal_distribution<float> normal;
+  std::vector<float> values(8 * groups);
+  for (float& number : values) number = 3 * normal(noise);
+  for (const char* kernel : {"avx512", "avx2", "neon", "portable"}) {
+    if (!pbsp_supports(kernel)) continue;
+    std::vector<float> found(8 * groups);
+    expect(pbsp_nearest_points(kernel, values.data(), found.data(), groups, 2) == 0, "memory", with, kernel);
+    for (int64_t group = 0; group < groups; ++group) {
+      const float *value = &values[8 * group], *point = &found[8 * group];
+      const auto apart = [&](const auto& step) {
+        double sum = 0;
+        for (int i = 0; i < 8; ++i) sum += std::pow(value[i] - point[i] - step(i), 2);
+        return sum;
+      };
+      const double ours = apart([](int) { return 0; });
+      for (int index = 0; index < 2 * 120; ++index) {
+        const int8_t* step = vectors() + 8 * (index % 120);
+        const int sign = index < 120 ? 1 : -1;
+        expect(apart([&](int i) { return sign * step[i]; }) >= ours - 1e-4, "points", with, kernel);
+      }
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -285,6 +312,7 @@ int main() {
   for (const int64_t rows : {1, 15, 33}) {
     for (int kept = 1; kept <= 6; ++kept) check_search(kept, 6, rows);
     check_vectors(128, rows);
+    check_points(rows);
   }
   std::printf("%d failures\n", failures);
   return failures ? 1 : 0;

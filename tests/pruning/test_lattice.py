@@ -3,6 +3,7 @@ from itertools import product
 import pytest
 import torch
 
+from oracles import points_of_e8
 from pbsp.config import Config
 from pbsp.errors import ConfigError, FormatError, PatternError
 from pbsp.pruning.lattice import Lattice
@@ -32,6 +33,16 @@ def test_no_shorter_vector_is_left_out(bits):
     for norm, size in sizes.items():
         if norm < norms.max():
             assert int((norms == norm).sum()) == size
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_points_that_have_a_code_are_told_from_others(bits):
+    points = torch.tensor(list(points_of_e8()))
+    codes = {tuple(code) for code in Lattice(bits).codes().tolist()}
+    expected = [tuple(point) in codes for point in points.tolist()]
+    assert sum(expected) == 1 << bits
+    assert Lattice(bits).holds(points.float()).tolist() == expected
+    assert not Lattice(bits).holds(torch.full((1, 8), 2.0**21)).any()
 
 
 def test_codes_hold_the_two_kinds_of_planes_that_the_lattice_joins():

@@ -24,6 +24,19 @@ def test_keep_largest_keeps_n_of_every_m_and_breaks_ties_low():
     assert keep_largest(scores, 2, 4).tolist() == [[True, False, True, False, True, True, False, False]]
 
 
+@pytest.mark.parametrize(
+    ("kept", "group"), [(1, 1), (1, 4), (4, 8), (7, 8), (5, 16), (16, 16), (5, 17), (8, 64)]
+)
+def test_keep_largest_equals_sorting_every_group(kept, group):
+    generator = torch.Generator().manual_seed(group)
+    scores = torch.randint(-3, 4, (5, 6 * group), generator=generator).double()  # many ties
+    scores[scores == -3] = -torch.inf
+    for row, keep in zip(scores.tolist(), keep_largest(scores, kept, group).tolist(), strict=True):
+        for low in range(0, len(row), group):
+            order = sorted(range(low, low + group), key=lambda place: (-row[place], place))
+            assert [place for place in range(low, low + group) if keep[place]] == sorted(order[:kept])
+
+
 def test_keep_largest_stays_among_what_is_still_kept():
     scores = torch.tensor([[9.0, 1.0, 2.0, 3.0]])
     among = torch.tensor([[False, True, True, True]])

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from pbsp.binarization.planes import signs_of
-from pbsp.binarization.search import search_codes, search_vectors, searches, searches_vectors
+from pbsp.binarization.search import search_codes, search_points, search_vectors, searches, searches_vectors
 from pbsp.pruning.lattice import Lattice
 from pbsp.pruning.pattern import Pattern, PlanePattern
 
@@ -95,10 +95,45 @@ def best_vectors(
 
 
 def nearest_vectors(values: Float[Tensor, "rows in"], lattice: Lattice) -> Float[Tensor, "rows in"]:
-    """The vector of the lattice, at scale 1, that is nearest to every group."""
-    groups = values.reshape(-1, lattice.group).T.contiguous()
-    white = torch.eye(lattice.group, dtype=values.dtype, device=values.device)
-    return best_vectors(groups, white, torch.ones_like(groups[0]), lattice).T.reshape(values.shape)
+    """The vector of the lattice's codes, at scale 1, that is nearest to every group.
+
+    Nothing of E8 is nearer than its nearest point. Where that has a code, nearly everywhere while latents are
+    tuned, nothing needs to be searched for.
+    """
+    groups = values.reshape(-1, lattice.group)
+    found = nearest_points(groups)
+    others = (~lattice.holds(found)).nonzero().flatten()
+    if len(others):
+        white = torch.eye(lattice.group, dtype=values.dtype, device=values.device)
+        ones = torch.ones(len(others), dtype=values.dtype, device=values.device)
+        found[others] = best_vectors(groups[others].T.contiguous(), white, ones, lattice).T
+    return found.view_as(values)
+
+
+def nearest_points(values: Float[Tensor, "groups group"]) -> Float[Tensor, "groups group"]:
+    """The point of E8, doubled, that is nearest to each group: of even numbers or of odd ones.
+
+    Source: Conway and Sloane, Fast quantizing and decoding algorithms for lattice quantizers and codes, 1982.
+    """
+    if searches_vectors(values):
+        return search_points(values)
+    values = values.T
+    even, odd = _nearest_even(values), _nearest_even(values - 1) + 1
+    nearer = (values - odd).square().sum(0) < (values - even).square().sum(0)
+    return torch.where(nearer, odd, even).T.contiguous()
+
+
+def _nearest_even(values: Tensor) -> Tensor:
+    """The nearest columns of even numbers whose sum is a multiple of 4."""
+    halves = values / 2
+    points = halves.round()
+    left = halves - points
+    # Where the sum is wrong, one number is rounded to its other side: the one that loses least.
+    sizes = left.abs()
+    wrong = points.sum(0) % 2
+    place = _first_largest(sizes).to(values.dtype)
+    turned = torch.arange(len(values), dtype=values.dtype, device=values.device)[:, None] == place
+    return (points + turned * (signs_of(left) * wrong)) * 2
 
 
 def enumerated_vectors(

@@ -72,3 +72,15 @@ def search_vectors(
         )
     )
     return found
+
+
+def search_points(values: Float[Tensor, "groups group"]) -> Float[Tensor, "groups group"]:
+    """See `codebook.nearest_points`; to be called where `searches_vectors`."""
+    given = values.contiguous()
+    found = torch.empty_like(given)
+    check(
+        library().pbsp_nearest_points(
+            kernel_name().encode(), given.data_ptr(), found.data_ptr(), len(given), torch.get_num_threads()
+        )
+    )
+    return found

@@ -10,13 +10,14 @@ from functools import lru_cache
 from typing import ClassVar
 
 import torch
-from jaxtyping import Int8, Int64
+from jaxtyping import Bool, Float, Int8, Int64
 from torch import Tensor
 
 from pbsp.errors import PatternError
 
 _LARGEST_NORM = 24  # of doubled vectors: three shells, 9,120 of them
 _SCATTER = 0x9E3779B1  # odd; multiplied by it modulo 2^32, neighbouring keys lie far apart
+_KEY_OF_ZERO = (9**8 - 1) // 2
 _FIRST_SCALES = {8: 0.825, 9: 0.725, 10: 0.675, 12: 0.625}  # codes of 11 bits would cross three bytes
 
 
@@ -82,6 +83,16 @@ class Lattice:
         """
         return _codes(self.bits, device or torch.device("cpu"))
 
+    def holds(self, points: Float[Tensor, "groups group"]) -> Bool[Tensor, "groups"]:
+        """Which of these points of E8, doubled as codes are, have a code."""
+        points = points.double()  # exact, whatever is allowed to products of float32
+        signed = (points @ 9.0 ** torch.arange(self.group, dtype=points.dtype, device=points.device)).long()
+        keys = signed.abs() + _KEY_OF_ZERO  # of v or −v, whichever is taken
+        norms = (points.square() @ points.new_ones(self.group)).clamp(max=_LARGEST_NORM + 1).long()
+        last = _shortest()[(1 << (self.bits - 1)) - 1]
+        largest = _order(last.square().sum(), vector_keys(last)).item()
+        return (norms > 0) & (_order(norms, keys) <= largest)
+
     @staticmethod
     def parse(text: str) -> "Lattice":
         """The codes written as "e8-BITS"; PatternError if the text is anything else."""
@@ -113,7 +124,11 @@ def _shortest() -> Tensor:
     norms = vectors.square().sum(1)
     vectors = vectors[(vectors.sum(1) % 4 == 0) & (norms > 0) & (norms <= _LARGEST_NORM)]
     keys = vector_keys(vectors)
-    positive = keys > 9**8 - 1 - keys  # the right side is the key of −v
+    positive = keys > _KEY_OF_ZERO  # half of all: −v's key lies as far below it as v's above
     vectors, keys = vectors[positive], keys[positive]
-    order = vectors.square().sum(1) * 2**32 + keys * _SCATTER % 2**32
-    return vectors[order.argsort()]
+    return vectors[_order(vectors.square().sum(1), keys).argsort()]
+
+
+def _order(norms: Tensor, keys: Tensor) -> Tensor:
+    """By which the vectors taken of pairs are sorted; no two have the same."""
+    return norms * 2**32 + keys * _SCATTER % 2**32

@@ -20,6 +20,7 @@ namespace {
 constexpr int64_t kTaskWeights = 1 << 16;      // of a range of rows that a thread takes at once
 constexpr int64_t kThreadProducts = 1 << 18;   // weights × activation rows that are worth a thread
 constexpr int64_t kThreadCodes = 1 << 17;      // codes × rows that are
+constexpr int64_t kTaskGroups = 1 << 12;       // whose nearest points it finds at once
 constexpr int64_t kTaskRows = 256;             // that a thread searches at once
 
 Matrix matrix_of(const PbspMatrix& given) {
@@ -125,7 +126,7 @@ int guarded(const Work& work) {
 
 }  // namespace
 
-int pbsp_abi() { return 7; }
+int pbsp_abi() { return 8; }
 
 int pbsp_supports(const char* name) { return kernels_named(name) != nullptr; }
 
@@ -224,6 +225,15 @@ int pbsp_best_vectors(const char* name, const int8_t* vectors, int64_t count, co
     parallel(rows, kTaskRows, threads, [&](int64_t low, int64_t high) {
       kernels.search_vectors(search, low, high, scratch(sum_scratch, part_count)->rows);
     });
+  });
+}
+
+int pbsp_nearest_points(const char* name, const float* values, float* found, int64_t groups, int threads) {
+  return guarded([&] {
+    const Kernels& kernels = *kernels_named(name);
+    threads = static_cast<int>(std::clamp<int64_t>(groups * kVector / kThreadProducts, 1, threads));
+    parallel(groups, kTaskGroups, threads,
+             [&](int64_t low, int64_t high) { kernels.nearest_points(values, found, low, high); });
   });
 }
 

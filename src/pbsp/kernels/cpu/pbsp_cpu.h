@@ -65,6 +65,9 @@ PBSP_EXPORT int pbsp_best_codes(const char* name, int kept, int group, const flo
 PBSP_EXPORT int pbsp_best_vectors(const char* name, const int8_t* vectors, int64_t count, const float* correlation,
                                   const float* metric, const float* scale, float* found, int64_t rows, int threads);
 
+/* For every group of eight numbers the nearest point of the lattice E8, doubled; both are (groups, 8). */
+PBSP_EXPORT int pbsp_nearest_points(const char* name, const float* values, float* found, int64_t groups, int threads);
+
 /* Reads `count` words once, as fast as the memory gives them; the sum keeps a compiler from leaving that out. */
 PBSP_EXPORT int pbsp_read(const uint64_t* words, int64_t count, int threads, uint64_t* sum);
 

@@ -137,6 +137,7 @@ struct Kernels {
   void (*nibbles)(const RowProduct& product, int64_t low, int64_t high);
   void (*search)(const CodeSearch& search, int64_t low, int64_t high);
   void (*search_vectors)(const VectorSearch& search, int64_t low, int64_t high, float* sums);
+  void (*nearest_points)(const float* values, float* found, int64_t low, int64_t high);
 };
 
 // Words that `multiply` and `decode` are given to work in; the first `chunks` of them are ones.
