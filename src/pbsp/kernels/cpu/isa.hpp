@@ -32,7 +32,7 @@ template <class Isa>
 constexpr Kernels kernels_of() {
   return {Isa::kName, Isa::kTileRows, Isa::kLanes, prepare_tile<Isa>, multiply_rows<Isa>, decode_rows<Isa>,
           multiply_quantized<ByteRows>, multiply_quantized<NibbleRows>, search_codes<Isa>,
-          search_vectors<Isa>, nearest_points<Isa>};
+          search_vectors<Isa>, nearest_points};
 }
 
 }  // namespace

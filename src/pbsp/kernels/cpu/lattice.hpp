@@ -52,8 +52,7 @@ inline void nearest_of_kind(const PointLanes& values, float odd, PointLanes& poi
 }
 
 // `values` and `found` are (groups, kVector); values beyond kFarthest count as that.
-template <class Isa>
-void nearest_points(const float* values, float* found, int64_t low, int64_t high) {
+inline void nearest_points(const float* values, float* found, int64_t low, int64_t high) {
   alignas(64) PointLanes given, even, odd;
   alignas(64) float even_distances[kPointLanes], odd_distances[kPointLanes];
   for (int64_t group = low; group < high; group += kPointLanes) {
