@@ -76,6 +76,7 @@ def test_recover_writes_a_nearer_model_of_the_same_size_and_says_so(capsys, tmp_
 
 def test_a_stopped_tuning_goes_on_to_the_same_bytes(capsys, tmp_path, work, monkeypatch):
     monkeypatch.setattr("pbsp.recovery.model.TOKENS_A_STEP", 24)
+    monkeypatch.setattr("pbsp.recovery.model.TOKENS_A_JUDGEMENT", 10 * 24)
     assert recovers(capsys, work, tmp_path / "whole")[0] == 0
     step = torch.optim.AdamW.step
     calls = []
@@ -95,7 +96,7 @@ def test_a_stopped_tuning_goes_on_to_the_same_bytes(capsys, tmp_path, work, monk
     assert "--resume" in errors
     code, _, errors = recovers(capsys, work, tmp_path / "new", "--resume", "--rate", "0.02")
     assert code == 2
-    assert "rate is 0.01 there and 0.02 here" in errors
+    assert "rate is None there and 0.02 here" in errors
     assert recovers(capsys, work, tmp_path / "new", "--resume")[0] == 0
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "new")]
     assert files[0] == files[1]

@@ -267,7 +267,12 @@ def recover(
     context: Annotated[int | None, typer.Option(help="Tokens of a window.")] = None,
     seed: TextSeed = None,
     epochs: Annotated[int, typer.Option(help="Passes over the windows.")] = 1,
-    rate: Annotated[float, typer.Option(help="Largest step of scales, relative, and of norms.")] = 1e-2,
+    rate: Annotated[
+        float | None,
+        typer.Option(
+            help="Largest step of scales, relative, and of norms; by default less for nearer models."
+        ),
+    ] = None,
     code_rate: Annotated[
         float, typer.Option(help="Largest step towards another code, in scales; 0 leaves codes alone.")
     ] = 0.0,

@@ -93,9 +93,9 @@ def recover(
 def _check_tuning(tuning: Tuning) -> None:
     if tuning.epochs < 1:
         raise ConfigError(f"{tuning.epochs} epochs; at least 1 is needed")
-    for name in ("rate", "code_rate"):
-        if not 0 <= getattr(tuning, name) < 1:
-            raise ConfigError(f"{name} is {getattr(tuning, name)}; it must be at least 0 and below 1")
+    for name, rate in (("rate", tuning.rate), ("code_rate", tuning.code_rate)):
+        if rate is not None and not 0 <= rate < 1:
+            raise ConfigError(f"{name} is {rate}; it must be at least 0 and below 1")
 
 
 def _check_pair(model: PreTrainedModel, original: PreTrainedModel) -> None:

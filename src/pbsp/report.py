@@ -192,7 +192,7 @@ class CompressionReport:
             distilled = values["distilled"]
             if distilled is not None:
                 curve = tuple((step, train, held) for step, train, held in distilled["curve"])
-                distilled = ModelRecovery(**{**distilled, "curve": curve})
+                distilled = ModelRecovery(**{"rate": None, **distilled, "curve": curve})
             objects = {
                 "layers": tuple(LayerReport(**layer) for layer in values["layers"]),
                 "recovered": tuple(BlockRecovery(**block) for block in values["recovered"]),

@@ -11,7 +11,7 @@ from pbsp.evaluation.divergence import token_divergence
 from pbsp.packed_linear import PackedLinear
 from pbsp.recovery.divergence import _kept_bytes
 from pbsp.recovery.divergence import divergence as model_divergence
-from pbsp.recovery.model import recover_model
+from pbsp.recovery.model import MODEL_TUNING, rate_for, recover_model
 from pbsp.recovery.tunable import Tuning
 from pbsp.recovery.tuning_file import TuningFile
 from pbsp.unfinished import Unfinished
@@ -35,12 +35,12 @@ def pair(name="llama", **settings):
 def small_steps(monkeypatch):
     """Two windows a step, judged every three steps."""
     monkeypatch.setattr("pbsp.recovery.model.TOKENS_A_STEP", 64)
-    monkeypatch.setattr("pbsp.recovery.model._JUDGED_EVERY", 3)
+    monkeypatch.setattr("pbsp.recovery.model.TOKENS_A_JUDGEMENT", 3 * 64)
 
 
 def divergence(original, model, tokens):
     with torch.no_grad():
-        found = [token_divergence(original(w[None]).logits[0], model(w[None]).logits[0])[0] for w in tokens]
+        found = [token_divergence(original(w[None]).logits[0], model(w[None]).logits[0]) for w in tokens]
     return float(torch.stack(found).mean())
 
 
@@ -77,6 +77,18 @@ def test_distillation_brings_held_out_predictions_nearer(name, embeddings, code_
     assert min(held for _, _, held in found.curve) == found.after
     assert packed_bytes(model) == sizes
     assert all(parameter.grad is None for parameter in [*original.parameters(), *model.parameters()])
+
+
+def test_the_rate_is_less_for_models_that_are_near_the_original(small_steps):
+    assert rate_for(10.0) == rate_for(2.5) == 1e-2
+    assert rate_for(0.5) == 2e-3
+    model, original = pair()
+    tokens = windows().tokens
+    expected = rate_for(divergence(original, model, tokens[-2:-1]))
+    found = recover_model(model, original, tokens, MODEL_TUNING)
+    assert found.rate == pytest.approx(expected, rel=1e-4)
+    assert found.rate < 1e-2
+    assert found.after < found.before
 
 
 def test_products_in_bfloat16_win_as_much_in_float32(small_steps, matrix_instructions):

@@ -99,7 +99,9 @@ def even_block(in_features: int, most: int, *groups: int) -> int:
 def expand_scales(
     scales: Float[Tensor, "*planes out blocks"], scale_block: int, in_features: int
 ) -> Float[Tensor, "*planes out in"]:
-    """Each block's scale repeated over its columns."""
+    """Each block's scale repeated over its columns; to be read only, as it need not be a copy."""
+    if scales.shape[-1] == 1:
+        return scales.expand(*scales.shape[:-1], in_features)
     return scales.repeat_interleave(min(scale_block, in_features), dim=-1)[..., :in_features]
 
 

@@ -22,20 +22,27 @@ def token_losses(
 
 def token_divergence(
     original: Float[Tensor, "positions vocabulary"], logits: Float[Tensor, "positions vocabulary"]
-) -> tuple[Float[Tensor, "positions"], Bool[Tensor, "positions"]]:
-    """KL(original ‖ model) over the whole vocabulary in nats, and whether both rank the same token first.
+) -> Float[Tensor, "positions"]:
+    """KL(original ‖ model) over the whole vocabulary in nats.
 
     In float32, whatever the logits' types; `original` may lie on another device.
     """
-    divergences, agreements = [], []
+    divergences = []
     rows = _rows_at_once(logits.shape[1])
     # `split`, as each slice by itself would have a gradient as large as all logits
     for reference, ours in zip(original.split(rows), logits.split(rows), strict=True):
-        reference, ours = reference.to(logits.device).float(), ours.float()
-        agreements.append(reference.argmax(-1) == ours.argmax(-1))
-        log_p, log_q = reference.log_softmax(-1), ours.log_softmax(-1)
-        divergences.append(F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1))
-    return torch.cat(divergences), torch.cat(agreements)
+        log_p = reference.to(logits.device).float().log_softmax(-1)
+        divergences.append(
+            F.kl_div(ours.float().log_softmax(-1), log_p, reduction="none", log_target=True).sum(-1)
+        )
+    return torch.cat(divergences)
+
+
+def same_top_token(
+    original: Float[Tensor, "positions vocabulary"], logits: Float[Tensor, "positions vocabulary"]
+) -> Bool[Tensor, "positions"]:
+    """Whether both rank the same token first; `original` may lie on another device."""
+    return original.argmax(-1).to(logits.device) == logits.argmax(-1)
 
 
 def _rows_at_once(vocabulary: int) -> int:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from pbsp.calibration.windows import Windows, check_fit
 from pbsp.errors import ConfigError, ModelError
-from pbsp.evaluation.divergence import token_divergence, token_losses
+from pbsp.evaluation.divergence import same_top_token, token_divergence, token_losses
 from pbsp.evaluation.result import Estimate, Evaluation, perplexity_of
 
 Progress = Callable[[int, int], None]
@@ -138,7 +138,8 @@ class _Scores:
             losses = token_losses(logits[index], wanted.to(logits.device))
             self.losses.append(self._mean("loss", losses))
             if original is not None:
-                divergence, agreement = token_divergence(original[index], logits[index])
+                divergence = token_divergence(original[index], logits[index])
+                agreement = same_top_token(original[index], logits[index])
                 self.divergences.append(self._mean("KL to the original", divergence))
                 self.agreements.append(self._mean("agreement", agreement))
 

@@ -33,7 +33,7 @@ def divergence(
     with torch.no_grad():
         wanted = teacher(input_ids=tokens, use_cache=False).logits[0]
     found = model(input_ids=tokens, use_cache=False).logits[0]
-    mean = token_divergence(wanted, found)[0].mean()
+    mean = token_divergence(wanted, found).mean()
     if not bool(torch.isfinite(mean)):
         raise CalibrationError(
             "the compressed model's divergence from the original is not finite; if it is being tuned, lower "

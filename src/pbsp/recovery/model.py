@@ -1,7 +1,7 @@
 """Distillation: tune a compressed model until it predicts what the original predicts."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,11 +16,13 @@ from pbsp.recovery.divergence import divergence, little_kept
 from pbsp.recovery.tunable import Tunable, Tuning, tunable
 from pbsp.recovery.tuning_file import TuningFile
 
-MODEL_TUNING = Tuning(epochs=1, rate=1e-2, code_rate=0.0)
-TOKENS_A_STEP = 2048
+MODEL_TUNING = Tuning(epochs=1, rate=None, code_rate=0.0)
+TOKENS_A_STEP = 512
+TOKENS_A_JUDGEMENT = 20_480
 _HELD_OUT = 16  # one window in so many, the last ones, judges and is not trained on;
 _MOST_HELD_OUT = 8  # that is often enough to tell states apart
-_JUDGED_EVERY = 10  # steps
+_RATE_OF_DIVERGENCE = 4e-3  # of a scale, for a nat per token: measured, see docs/experiments.md
+_LARGEST_RATE = 1e-2
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class ModelRecovery:
 
     Attributes:
         before, after: KL(original ‖ model) in nats per token, a mean over the held-out windows.
+        rate: the largest step of scales, see `Tuning`; None in reports that do not say.
         steps: updates made; those after the best state are not kept.
         tokens: that were trained on, repetitions not counted.
         held_out_tokens: that judged.
@@ -37,6 +40,7 @@ class ModelRecovery:
 
     before: float
     after: float
+    rate: float | None
     steps: int
     tokens: int
     held_out_tokens: int
@@ -67,7 +71,7 @@ def recover_model(
     """Tune all packed layers, norms and biases of `model` in place; it never ends worse than it began.
 
     The loss is KL(teacher ‖ model), a mean over tokens; the teacher's predictions are computed as they are
-    needed. Windows come in order, about 2048 tokens a step, one window at a time through the model. Held in
+    needed. Windows come in order, 512 tokens or one window a step, one at a time through the model. Held in
     memory are both models' weights in the dtype they compute in, the gradient of the one, one window's
     logits, and what its way back needs: at most 2 GiB, and where that is too little its hidden states before
     every block, which is then computed again; and for every code that is tuned 16 bytes, of which the best
@@ -77,9 +81,9 @@ def recover_model(
         model: compressed, in evaluation mode.
         teacher: the original, on the same device.
         tokens: calibration windows; one in 16, the last ones, at most 8, is held out.
-        tuning: see `Tuning`.
+        tuning: see `Tuning`; without a rate, `rate_for` the first held-out window's divergence.
         progress: told the steps done, and all.
-        kept: where the state is kept every ten steps, and found; the result is the same.
+        kept: where the state is kept every 20,480 tokens, and found; the result is the same.
 
     Raises:
         CorpusError: there are fewer than two windows.
@@ -89,16 +93,21 @@ def recover_model(
         raise CorpusError(f"{len(tokens)} windows; distillation needs at least 2, one of them held out")
     held = min(max(1, len(tokens) // _HELD_OUT), _MOST_HELD_OUT)
     judged = tokens[-held:]
-    batches = tokens[:-held].split(max(1, TOKENS_A_STEP // tokens.shape[1]))
+    windows_a_step = max(1, TOKENS_A_STEP // tokens.shape[1])
+    batches = tokens[:-held].split(windows_a_step)
+    judged_every = max(1, TOKENS_A_JUDGEMENT // (windows_a_step * tokens.shape[1]))  # steps
     steps = tuning.epochs * len(batches)
     blocks = [model.get_submodule(block.name) for block in decoder_blocks(teacher)]
 
     def held_out() -> float:
         return sum(float(_divergence(model, teacher, window)) for window in judged) / held
 
+    rate = tuning.rate
+    if rate is None:
+        rate = rate_for(float(_divergence(model, teacher, judged[0])))
     originals = _weights(teacher)
     with (
-        tunable(model, tuning, steps=steps, originals=originals) as chosen,
+        tunable(model, replace(tuning, rate=rate), steps=steps, originals=originals) as chosen,
         little_kept(model, blocks, lambda: _divergence(model, teacher, judged[0])),
     ):
         found = kept.load(model.device) if kept else None
@@ -112,7 +121,7 @@ def recover_model(
                 progress(course.step, steps)
             course.seen.append(_step(model, teacher, batches[course.step % len(batches)], chosen))
             course.step += 1
-            if course.step % _JUDGED_EVERY and course.step < steps:
+            if course.step % judged_every and course.step < steps:
                 continue
             now = held_out()
             course.curve.append((course.step, sum(course.seen) / len(course.seen), now))
@@ -123,8 +132,23 @@ def recover_model(
                 kept.save({"course": asdict(course), "best": best, "tuned": chosen.state()})
         chosen.restore(best)
     return ModelRecovery(
-        course.before, course.best, steps, tokens[:-held].numel(), judged.numel(), tuple(course.curve)
+        before=course.before,
+        after=course.best,
+        rate=rate,
+        steps=steps,
+        tokens=tokens[:-held].numel(),
+        held_out_tokens=judged.numel(),
+        curve=tuple(course.curve),
     )
+
+
+def rate_for(divergence: float) -> float:
+    """The largest step of scales for a model that is so far from the original, in nats per token.
+
+    Steps of many scales at once add up to noise in the weights, which must stay below the errors that
+    compression left: what is right at one bit per weight undoes more than it wins at 2.5.
+    """
+    return min(_RATE_OF_DIVERGENCE * divergence, _LARGEST_RATE)
 
 
 def _resumed(found: dict[str, Any], chosen: Tunable) -> tuple[_Course, list[Tensor]]:

@@ -23,12 +23,13 @@ class Tuning:
 
     Attributes:
         epochs: passes over the windows that are not held out.
-        rate: the largest step of a scale relative to itself, and of norms and biases.
+        rate: the largest step of a scale relative to itself, and of norms and biases; None: found for a whole
+            model by its divergence from the original, see `recovery.model`.
         code_rate: the largest step of the latents of codes, in units of their scale; 0 leaves codes alone.
     """
 
     epochs: int
-    rate: float
+    rate: float | None
     code_rate: float
 
 
@@ -36,6 +37,8 @@ class Tunable:
     """The parameters of one module, or of all, and a step of torch's AdamW over them."""
 
     def __init__(self, layers: list[TunedLinear], vectors: list[nn.Parameter], tuning: Tuning, steps: int):
+        if tuning.rate is None:
+            raise ValueError("tuning without a rate")
         self.layers = layers
         self.vectors = vectors
         scales = [change for layer in layers for change in layer.changes()]
