@@ -68,7 +68,9 @@ class TunedPlanes(TunedLinear):
         block, columns = self._planes.scale_block, gradient.shape[1]
         missing = block_count(columns, block) * block - columns
         for plane, signs in enumerate(self._signs):
-            products = torch.nn.functional.pad(gradient * signs, (0, missing))
+            products = gradient * signs
+            if missing:
+                products = torch.nn.functional.pad(products, (0, missing))
             sums = products.view(rows, blocks, block).sum(2) * self._planes.scales[plane]
             _add_gradient(self.change, min(plane, len(self.change) - 1), sums)
             if self.latents is not None:
