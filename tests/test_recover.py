@@ -46,10 +46,13 @@ def recovers(capsys, work, out, *arguments):
 
 def test_recover_writes_a_nearer_model_of_the_same_size_and_says_so(capsys, tmp_path, work, monkeypatch):
     monkeypatch.setattr("pbsp.recovery.model.TOKENS_A_STEP", 24)
-    code, output, errors = recovers(capsys, work, tmp_path / "new", "--epochs", "8", "--json")
+    code, output, errors = recovers(
+        capsys, work, tmp_path / "new", "--epochs", "8", "--rate", "0.01", "--json"
+    )
     assert (code, errors) == (0, "")
     found = json.loads(output)["distilled"]
     assert found["after"] < 0.95 * found["before"]
+    assert found["rate"] == 0.01
     assert (found["tokens"], found["held_out_tokens"]) == (19 * 24, 24)
     sizes = {
         name: (folder / "model.safetensors").stat().st_size

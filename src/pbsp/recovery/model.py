@@ -22,7 +22,7 @@ TOKENS_A_JUDGEMENT = 20_480
 _HELD_OUT = 16  # one window in so many, the last ones, judges and is not trained on;
 _MOST_HELD_OUT = 8  # that is often enough to tell states apart
 _RATE_OF_DIVERGENCE = 4e-3  # of a scale, for a nat per token: measured, see docs/experiments.md
-_LARGEST_RATE = 1e-2
+_RATES = (5e-4, 1e-2)  # the least and the most
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,8 @@ def rate_for(divergence: float) -> float:
     Steps of many scales at once add up to noise in the weights, which must stay below the errors that
     compression left: what is right at one bit per weight undoes more than it wins at 2.5.
     """
-    return min(_RATE_OF_DIVERGENCE * divergence, _LARGEST_RATE)
+    least, most = _RATES
+    return min(max(_RATE_OF_DIVERGENCE * divergence, least), most)
 
 
 def _resumed(found: dict[str, Any], chosen: Tunable) -> tuple[_Course, list[Tensor]]:
