@@ -99,7 +99,7 @@ def test_a_stopped_tuning_goes_on_to_the_same_bytes(capsys, tmp_path, work, monk
     assert "--resume" in errors
     code, _, errors = recovers(capsys, work, tmp_path / "new", "--resume", "--rate", "0.02")
     assert code == 2
-    assert "rate is None there and 0.02 here" in errors
+    assert "rate is by divergence there and 0.02 here" in errors
     assert recovers(capsys, work, tmp_path / "new", "--resume")[0] == 0
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "new")]
     assert files[0] == files[1]

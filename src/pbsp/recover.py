@@ -127,6 +127,7 @@ def _settings(
     """All that the result depends on, by name."""
     return {
         **{name.replace("_", " "): str(value) for name, value in asdict(tuning).items()},
+        "rate": "by divergence" if tuning.rate is None else str(tuning.rate),
         "computed in": str(model.dtype).removeprefix("torch."),
         "products tuned in": str(products_dtype(model.dtype, model.device)).removeprefix("torch."),
         "device": model.device.type,
